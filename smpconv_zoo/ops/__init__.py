@@ -1,0 +1,15 @@
+"""The only doors to convolution. Slow twins in :mod:`.reference`, the choice of backend in :mod:`.dispatch`."""
+
+from smpconv_zoo.ops.dispatch import BACKENDS, causal_conv1d, conv2d, depthwise_conv2d, why_not
+from smpconv_zoo.ops.reference import causal_conv1d_reference, conv2d_reference, depthwise_conv2d_reference
+
+__all__ = [
+    "BACKENDS",
+    "causal_conv1d",
+    "causal_conv1d_reference",
+    "conv2d",
+    "conv2d_reference",
+    "depthwise_conv2d",
+    "depthwise_conv2d_reference",
+    "why_not",
+]

@@ -1,0 +1,319 @@
+"""Layers made of points: drop-in convolutions, and the large + small pair that every SMPConv network is built from.
+
+SMPConv: Kim & Park, "SMPConv: Self-moving Point Representations for Continuous Convolution", CVPR 2023,
+arXiv 2304.02330. The kernel of a layer is rendered from its points (:mod:`smpconv_zoo.kernels`); positions, radii and
+values are parameters, so the points move while the layer learns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from timm.models import register_notrace_function, register_notrace_module
+from torch import Tensor, nn
+
+from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel
+from smpconv_zoo.ops import causal_conv1d, conv2d, depthwise_conv2d
+from smpconv_zoo.points import tap_grid, tap_spacing
+
+__all__ = ["CausalConv1d", "ConvNorm", "LargeSmallConv", "SMPConv1d", "SMPConv2d", "clip_radius_", "parameter_roles"]
+
+
+class _PointKernel(nn.Module):
+    """Points and the grid on which their kernel is read off; the common half of the layers below.
+
+    Parameters: ``coords`` ``(points, d)`` or ``(out, points, d)`` and ``radius`` ``(points,)`` or ``(out, points)``, in
+    units of the kernel, whose half-width is 1; ``weight`` ``(out, in, points)``. ``grid`` ``(d, *taps)`` is a
+    persistent buffer: weights that were averaged while training hold a grid that has drifted by up to 1e-4, and only
+    with that grid do they give the published answers.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        in_per_group: int,
+        kernel_size: Sequence[int],
+        n_points: int,
+        shared_points: bool,
+        normalization: str,
+        init_radius: float,
+        coord_std: float,
+        radius_bounds: tuple[float, float],
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        _check_positive(in_channels=in_channels, out_channels=out_channels, n_points=n_points)
+        if normalization not in NORMALIZATIONS:
+            raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
+        if not (init_radius > 0 and coord_std > 0):
+            raise ValueError(f"init_radius and coord_std must be positive, got {init_radius} and {coord_std}")
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.kernel_size = tuple(kernel_size)
+        self.n_points = n_points
+        self.shared_points = shared_points
+        self.normalization = normalization
+        self.init_radius = init_radius
+        self.coord_std = coord_std
+        self.radius_bounds = radius_bounds
+        dims = len(self.kernel_size)
+        sets = () if shared_points else (out_channels,)
+        self.coords = nn.Parameter(torch.empty(*sets, n_points, dims, device=device, dtype=dtype))
+        self.radius = nn.Parameter(torch.empty(*sets, n_points, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(out_channels, in_per_group, n_points, device=device, dtype=dtype))
+        self.grid: Tensor
+        self.register_buffer("grid", tap_grid(self.kernel_size, device=device, dtype=dtype))
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Draw the points anew, as the authors do: positions around the centre, or around the current sample in 1-D."""
+        with torch.no_grad():
+            if len(self.kernel_size) == 1:
+                # Positions crowd at +1, the current sample: a normal around 0 cut to [-1, 0], then stretched to [-1, 1].
+                nn.init.trunc_normal_(self.coords, std=self.coord_std, a=-1.0, b=0.0)
+                self.coords.mul_(2).add_(1)
+            else:
+                nn.init.trunc_normal_(self.coords, std=self.coord_std, a=-1.0, b=1.0)
+            self.radius.fill_(self.init_radius)
+            nn.init.trunc_normal_(self.weight, std=0.02)
+
+    def kernel(self) -> Tensor:
+        """The rendered kernel, ``(out, in per group, *kernel_size)``."""
+        return render_kernel(self.coords, self.radius, self.weight, self.grid, self.normalization)
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def clip_radius_(self) -> None:
+        """Clamp the radii into ``radius_bounds``, in place; training calls it after every optimizer step."""
+        self.radius.clamp_(*self.radius_bounds)
+
+    @torch.jit.ignore
+    def parameter_roles(self) -> dict[str, str]:
+        """Role of each parameter that the optimizer treats in its own way: no decay on both, a slower rate on radii."""
+        return {"coords": "coords", "radius": "radius"}
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, n_points={self.n_points}, "
+            f"shared_points={self.shared_points}, normalization={self.normalization!r}"
+        )
+
+
+@register_notrace_module
+class SMPConv2d(_PointKernel):
+    """Continuous 2-D convolution, stride 1, output as large as the input: a drop-in for a depthwise ``nn.Conv2d``.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Odd size, or (height, width); may be larger than the map.
+        groups: ``in_channels`` (= ``out_channels``) for a depthwise convolution, 1 for a dense one.
+        bias: Whether to add a learned bias.
+        n_points: Points per kernel; taps over ``points_divisor`` if None.
+        points_divisor: See ``n_points``.
+        shared_points: One set of positions and radii for all channels, or one per output channel; shared if None and
+            the convolution is depthwise.
+        normalization: ``"sum"`` or ``"count"``; see :mod:`smpconv_zoo.kernels`.
+        init_radius: First radius of every point, in units of the kernel's half-width; ``4 / kernel_size`` (about two
+            tap spacings) if None.
+        coord_std: Spread of the first positions around the centre.
+        radius_bounds: Limits that :meth:`clip_radius_` enforces.
+
+    Shape: ``(N, in_channels, H, W)`` -> ``(N, out_channels, H, W)``.
+
+    Raises:
+        ValueError: An even kernel, ``groups`` other than the two, or a non-positive size.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        groups: int = 1,
+        bias: bool = False,
+        n_points: int | None = None,
+        points_divisor: int = 4,
+        shared_points: bool | None = None,
+        normalization: str = "sum",
+        init_radius: float | None = None,
+        coord_std: float = 0.2,
+        radius_bounds: tuple[float, float] = (1e-3, 1.0),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        size = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        if len(size) != 2 or min(size) < 3 or any(k % 2 == 0 for k in size):
+            raise ValueError(f"kernel_size must be odd and at least 3 along both axes, got {kernel_size}")
+        _check_positive(in_channels=in_channels, out_channels=out_channels, points_divisor=points_divisor)
+        depthwise = groups == in_channels == out_channels
+        if not depthwise and groups != 1:
+            raise ValueError(
+                f"groups must be 1, or in_channels = out_channels for a depthwise convolution; got groups={groups}, "
+                f"in_channels={in_channels}, out_channels={out_channels}"
+            )
+        super().__init__(
+            in_channels,
+            out_channels,
+            in_per_group=in_channels // groups,
+            kernel_size=size,
+            n_points=max(1, size[0] * size[1] // points_divisor) if n_points is None else n_points,
+            shared_points=depthwise if shared_points is None else shared_points,
+            normalization=normalization,
+            init_radius=4.0 / min(size) if init_radius is None else init_radius,
+            coord_std=coord_std,
+            radius_bounds=radius_bounds,
+            device=device,
+            dtype=dtype,
+        )
+        self.groups = groups
+        self.depthwise = depthwise
+        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel()
+        if not self.depthwise:
+            return conv2d(x, kernel, self.bias)
+        y = depthwise_conv2d(x, kernel)
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
+
+
+@register_notrace_module
+class SMPConv1d(_PointKernel):
+    """Continuous causal 1-D convolution: the output at a time sees that sample and ``kernel_size - 1`` before it.
+
+    Sequences shorter than the kernel meet its newest taps; longer ones are seen through a finite kernel.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        kernel_size: Taps, of any parity, at least 2.
+        bias: Whether to add a learned bias.
+        n_points: Points per kernel.
+        shared_points: One set of positions and radii for all output channels, or one per output channel.
+        normalization: ``"sum"`` or ``"count"``; see :mod:`smpconv_zoo.kernels`.
+        init_radius: First radius of every point, in units of the kernel's half-width; one tap spacing if None.
+        coord_std: Spread of the first positions before the current sample.
+        radius_bounds: Limits that :meth:`clip_radius_` enforces.
+
+    Shape: ``(N, in_channels, L)`` -> ``(N, out_channels, L)``.
+
+    Raises:
+        ValueError: A non-positive size, or fewer than 2 taps.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        bias: bool = False,
+        n_points: int = 30,
+        shared_points: bool = False,
+        normalization: str = "count",
+        init_radius: float | None = None,
+        coord_std: float = 0.1,
+        radius_bounds: tuple[float, float] = (1e-4, 1.0),
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if kernel_size < 2:
+            raise ValueError(f"kernel_size must be at least 2, got {kernel_size}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            in_per_group=in_channels,
+            kernel_size=(kernel_size,),
+            n_points=n_points,
+            shared_points=shared_points,
+            normalization=normalization,
+            init_radius=min(1.0, tap_spacing((kernel_size,))) if init_radius is None else init_radius,
+            coord_std=coord_std,
+            radius_bounds=radius_bounds,
+            device=device,
+            dtype=dtype,
+        )
+        self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return causal_conv1d(x, self.kernel(), self.bias)
+
+
+@register_notrace_module
+class CausalConv1d(nn.Conv1d):
+    """``nn.Conv1d`` of stride 1 that sees no future: padded on the left only. ``(N, in, L)`` -> ``(N, out, L)``."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return causal_conv1d(x, self.weight, self.bias)
+
+
+class ConvNorm(nn.Module):
+    """A convolution and the norm behind it."""
+
+    def __init__(self, conv: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+        self.norm = norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class LargeSmallConv(nn.Module):
+    """A continuous kernel and a small ordinary one side by side, each with its norm, summed."""
+
+    def __init__(self, large: ConvNorm, small: ConvNorm) -> None:
+        super().__init__()
+        self.large = large
+        self.small = small
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.large(x) + self.small(x)
+
+
+def clip_radius_(model: nn.Module) -> None:
+    """Clamp the radii of every SMPConv layer of ``model`` into its bounds, in place.
+
+    Training calls this after every optimizer step; a radius that reaches zero or below no longer describes a tent.
+    """
+    for module in model.modules():
+        if isinstance(module, _PointKernel):
+            module.clip_radius_()
+
+
+def parameter_roles(model: nn.Module) -> dict[str, str]:
+    """Name of every parameter of ``model`` with a role of its own, ``"coords"`` or ``"radius"``, to that role."""
+    return {
+        f"{prefix}.{name}" if prefix else name: role
+        for prefix, module in model.named_modules()
+        if isinstance(module, _PointKernel)
+        for name, role in module.parameter_roles().items()
+    }
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, got {size}")
+
+
+for _function in (causal_conv1d, conv2d, depthwise_conv2d, render_kernel):
+    register_notrace_function(_function)

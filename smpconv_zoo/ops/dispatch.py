@@ -1,0 +1,211 @@
+"""Which backend computes a convolution, and why.
+
+Every backend has a predicate that returns ``None`` or the reason it cannot run. ``backend="auto"`` takes the first one
+that can run and is expected to be faster; naming a backend that cannot run raises its reason. The choice changes speed,
+never a result beyond rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from smpconv_zoo.ops.fft import fft_convolve, good_fft_size
+from smpconv_zoo.ops.reference import causal_conv1d_reference, conv2d_reference, depthwise_conv2d_reference
+
+__all__ = ["BACKENDS", "can_run_fft", "causal_conv1d", "conv2d", "depthwise_conv2d", "why_not"]
+
+BACKENDS = ("fft", "reference")
+
+# Thresholds of `auto`, read off eval/results/convolution_cpu.txt (eval/bench_convolution.py). On CPU, oneDNN has fast
+# depthwise kernels up to 14 taps wide and falls 20-fold beyond; their gradients are slow from about 13. On CUDA and for
+# dense kernels the cost is smooth: one transformed point, times the logarithm of the transform, costs as much as so many
+# multiply-accumulates of the direct convolution.
+_CPU_DEPTHWISE_TAPS = 15
+_CPU_DEPTHWISE_TAPS_TRAINING = 13
+_POINT_COST = {"cpu": 25, "cuda": 8}
+
+
+def depthwise_conv2d(x: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
+    """Depthwise cross-correlation, stride 1, output as large as the input.
+
+    Equivalent to ``F.conv2d(x, weight, padding=(Kh // 2, Kw // 2), groups=C)``.
+
+    Args:
+        x: Input, ``(N, C, H, W)``.
+        weight: Kernels of odd size, ``(C, 1, Kh, Kw)``; may be larger than the map.
+        backend: ``"auto"``, or one of :data:`BACKENDS`.
+
+    Returns:
+        ``(N, C, H, W)``.
+
+    Raises:
+        ValueError: Wrong rank or channel count, an even kernel, or a named backend that cannot run.
+    """
+    if torch.jit.is_scripting():
+        # A scripted network has to run where this package is not installed.
+        return depthwise_conv2d_reference(x, weight)
+    _check_conv2d(x, weight)
+    if weight.size(1) != 1 or weight.size(0) != x.size(1):
+        raise ValueError(
+            f"a depthwise kernel for {x.size(1)} channels has shape ({x.size(1)}, 1, Kh, Kw), got {tuple(weight.shape)}"
+        )
+    x, weight, _ = _autocast(x, weight, None)
+    weight = _reachable_same(weight, x.shape[2:])
+    if _choose(x, weight, backend, depthwise=True) == "fft":
+        return fft_convolve(x, weight, _centre(weight))
+    return depthwise_conv2d_reference(x, weight)
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Dense cross-correlation, stride 1, output as large as the input.
+
+    Equivalent to ``F.conv2d(x, weight, bias, padding=(Kh // 2, Kw // 2))``.
+
+    Args:
+        x: Input, ``(N, I, H, W)``.
+        weight: Kernels of odd size, ``(O, I, Kh, Kw)``; may be larger than the map.
+        bias: ``(O,)`` or None.
+        backend: ``"auto"``, or one of :data:`BACKENDS`.
+
+    Returns:
+        ``(N, O, H, W)``.
+
+    Raises:
+        ValueError: Wrong rank or channel count, an even kernel, or a named backend that cannot run.
+    """
+    if torch.jit.is_scripting():
+        return conv2d_reference(x, weight, bias)
+    _check_conv2d(x, weight)
+    if weight.size(1) != x.size(1):
+        raise ValueError(f"weight is for {weight.size(1)} input channels, x has {x.size(1)}")
+    x, weight, bias = _autocast(x, weight, bias)
+    weight = _reachable_same(weight, x.shape[2:])
+    if _choose(x, weight, backend, depthwise=False) == "fft":
+        return _add_bias(fft_convolve(x, weight, _centre(weight)), bias)
+    return conv2d_reference(x, weight, bias)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Dense causal cross-correlation: the last tap meets the current sample, the first the oldest.
+
+    Equivalent to ``F.conv1d(F.pad(x, (K - 1, 0)), weight, bias)``. Kernels longer than the sequence are allowed; their
+    oldest taps find no sample.
+
+    Args:
+        x: Input, ``(N, I, L)``.
+        weight: Kernels of any length, ``(O, I, K)``.
+        bias: ``(O,)`` or None.
+        backend: ``"auto"``, or one of :data:`BACKENDS`.
+
+    Returns:
+        ``(N, O, L)``.
+
+    Raises:
+        ValueError: Wrong rank or channel count, or a named backend that cannot run.
+    """
+    if torch.jit.is_scripting():
+        return causal_conv1d_reference(x, weight, bias)
+    if x.dim() != 3 or weight.dim() != 3:
+        raise ValueError(
+            f"expected x (N, I, L) and weight (O, I, K), got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.size(1) != x.size(1):
+        raise ValueError(f"weight is for {weight.size(1)} input channels, x has {x.size(1)}")
+    x, weight, bias = _autocast(x, weight, bias)
+    if weight.size(2) > x.size(2):
+        weight = weight[:, :, weight.size(2) - x.size(2) :]
+    if _choose(x, weight, backend, depthwise=False) == "fft":
+        return _add_bias(fft_convolve(x, weight, [0]), bias)
+    return causal_conv1d_reference(x, weight, bias)
+
+
+def why_not(x: Tensor, weight: Tensor) -> dict[str, str | None]:
+    """For every backend, the reason it cannot convolve ``x`` with ``weight``, or None where it can.
+
+    Args:
+        x: ``(N, C, H, W)`` or ``(N, I, L)``.
+        weight: ``(C, 1, Kh, Kw)``, ``(O, I, Kh, Kw)`` or ``(O, I, K)``.
+    """
+    return {"fft": can_run_fft(x, weight), "reference": None}
+
+
+def can_run_fft(x: Tensor, weight: Tensor) -> str | None:
+    """None if the FFT backend can convolve these tensors, else the reason why not."""
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        return f"the FFT backend runs on cpu and cuda, x is on {x.device.type}"
+    if not x.is_floating_point() or x.dtype != weight.dtype:
+        return f"the FFT backend needs one floating-point dtype, got x {x.dtype} and weight {weight.dtype}"
+    if x.numel() == 0:
+        return f"the FFT backend needs at least one element, x has shape {tuple(x.shape)}"
+    return None
+
+
+def _choose(x: Tensor, weight: Tensor, backend: str, depthwise: bool) -> str:
+    if backend == "auto":
+        return "fft" if can_run_fft(x, weight) is None and _fft_pays(x, weight, depthwise) else "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; choose 'auto' or one of {BACKENDS}")
+    reason = can_run_fft(x, weight) if backend == "fft" else None
+    if reason is not None:
+        raise ValueError(f"backend 'fft' cannot run: {reason}")
+    return backend
+
+
+def _fft_pays(x: Tensor, weight: Tensor, depthwise: bool) -> bool:
+    """Whether the FFT is expected to be faster than the direct convolution, whatever the batch size."""
+    device_type = x.device.type
+    if device_type not in _POINT_COST:
+        return False
+    taps = weight.shape[2:]
+    if depthwise and device_type == "cpu":
+        training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        return max(taps) >= (_CPU_DEPTHWISE_TAPS_TRAINING if training else _CPU_DEPTHWISE_TAPS)
+    size = x.shape[2:]
+    reach = [t // 2 if len(taps) == 2 else t - 1 for t in taps]
+    points = math.prod(good_fft_size(s + r) for s, r in zip(size, reach, strict=True))
+    if depthwise:
+        transformed, direct = points * math.log2(points), math.prod(size) * math.prod(taps)
+    else:
+        out_channels, in_channels = weight.shape[:2]
+        transformed = points * (math.log2(points) * (in_channels + out_channels) + in_channels * out_channels)
+        direct = in_channels * out_channels * math.prod(size) * math.prod(taps)
+    return transformed * _POINT_COST[device_type] < direct
+
+
+def _check_conv2d(x: Tensor, weight: Tensor) -> None:
+    if x.dim() != 4 or weight.dim() != 4:
+        raise ValueError(
+            f"expected x (N, C, H, W) and a weight of rank 4, got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.size(2) % 2 == 0 or weight.size(3) % 2 == 0:
+        raise ValueError(f"kernel sizes must be odd to be centred, got {tuple(weight.shape[2:])}")
+
+
+def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast as PyTorch's own convolutions do under autocast."""
+    device_type = x.device.type
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(device_type)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def _reachable_same(weight: Tensor, size: Sequence[int]) -> Tensor:
+    """Cut off the taps of a centred kernel that lie further out than the map is large: they only ever see padding."""
+    for dim in (2, 3):
+        excess = weight.size(dim) // 2 - (size[dim - 2] - 1)
+        if excess > 0:
+            weight = weight.narrow(dim, excess, weight.size(dim) - 2 * excess)
+    return weight
+
+
+def _centre(weight: Tensor) -> list[int]:
+    return [weight.size(2) // 2, weight.size(3) // 2]
+
+
+def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))

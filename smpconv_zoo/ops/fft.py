@@ -1,0 +1,204 @@
+"""Convolution through the fast Fourier transform: depthwise or dense, one or two axes, 'same' or causal.
+
+All of it is one bilinear map and its two adjoints. With ``past`` and ``future`` the taps behind and ahead of the current
+sample along an axis (``past + future + 1`` taps; a 'same' convolution has equally many, a causal one no future),
+
+    y[n, o, t] = sum_i sum_k weight[o, i, k] x[n, i, t + k - past],
+
+a circular convolution of size ``n >= size + max(past, future)`` gives all ``size`` outputs without wrap-around: shorter
+than the linear ``size + taps - 1``, since outputs off the map are not asked for. Kernels are flipped before the
+transform so that the wanted outputs are the slice ``[future, future + size)``.
+
+The three maps are registered as library operators whose derivatives call each other: gradients of any order, opaque to
+``torch.compile`` and ``torch.export``, and nothing but inputs is kept for the backward pass. Half precision is computed
+in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["fft_convolve", "good_fft_size"]
+
+
+@functools.lru_cache(maxsize=1024)
+def good_fft_size(size: int) -> int:
+    """Smallest even number >= ``size`` without prime factors above 7: the sizes that FFT libraries have kernels for."""
+    candidate = size + size % 2
+    while True:
+        rest = candidate
+        for prime in (2, 3, 5, 7):
+            while rest % prime == 0:
+                rest //= prime
+        if rest == 1:
+            return candidate
+        candidate += 2
+
+
+def fft_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+    """Convolve through the FFT.
+
+    Args:
+        x: Input, ``(N, I, *size)`` with one or two spatial axes.
+        weight: Kernel, ``(O, I, *taps)``, or ``(I, 1, *taps)`` for a depthwise convolution.
+        future: For each axis, taps ahead of the current sample: ``taps // 2`` for 'same', 0 for causal. No axis may
+            have more than ``size - 1`` taps behind or ahead of the current sample.
+
+    Returns:
+        ``(N, O, *size)``, in the dtype of ``x``.
+    """
+    return _convolve(x, weight, list(future))
+
+
+def _is_depthwise(channels: int, weight_shape: Sequence[int]) -> bool:
+    return weight_shape[1] == 1 and weight_shape[0] == channels
+
+
+def _sizes(size: Sequence[int], taps: Sequence[int], future: Sequence[int]) -> list[int]:
+    return [good_fft_size(s + max(f, t - 1 - f)) for s, t, f in zip(size, taps, future, strict=True)]
+
+
+def _forward_transform(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    dims = list(range(2, x.dim()))
+    return torch.fft.rfftn(x.float() if x.dtype in (torch.float16, torch.bfloat16) else x, s=list(sizes), dim=dims)
+
+
+def _inverse_transform(spectrum: Tensor, sizes: Sequence[int], start: Sequence[int], size: Sequence[int]) -> Tensor:
+    dims = list(range(2, spectrum.dim()))
+    out = torch.fft.irfftn(spectrum, s=list(sizes), dim=dims)
+    for dim, (first, length) in enumerate(zip(start, size, strict=True), start=2):
+        out = out.narrow(dim, first, length)
+    return out
+
+
+def _flip(weight: Tensor) -> Tensor:
+    return weight.flip(list(range(2, weight.dim())))
+
+
+def _multiply(a: Tensor, b: Tensor, equation: str, depthwise: bool) -> Tensor:
+    """Multiply spectra frequency by frequency: ``equation`` contracts (batch, in, out) channels as n, i, o."""
+    if depthwise:
+        return (a * b).sum(0).unsqueeze(1) if equation == "no,ni->oi" else a * b.squeeze(1)
+    left, rest = equation.split(",")
+    right, result = rest.split("->")
+    shape = a.shape[2:]
+    out = torch.einsum(f"{left}f,{right}f->{result}f", a.flatten(2), b.flatten(2))
+    return out.unflatten(2, shape)
+
+
+@torch.library.custom_op("smpconv_zoo::fft_convolve", mutates_args=())
+def _convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+    size, taps = x.shape[2:], weight.shape[2:]
+    sizes = _sizes(size, taps, future)
+    spectrum = _multiply(
+        _forward_transform(x, sizes),
+        _forward_transform(_flip(weight), sizes),
+        "ni,oi->no",
+        _is_depthwise(x.shape[1], weight.shape),
+    )
+    return _inverse_transform(spectrum, sizes, future, size).to(x.dtype).contiguous()
+
+
+@torch.library.custom_op("smpconv_zoo::fft_convolve_input", mutates_args=())
+def _convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+    """Adjoint of the convolution in x: ``grad`` (N, O, *size) -> (N, I, *size)."""
+    size, taps = grad.shape[2:], weight.shape[2:]
+    past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
+    sizes = _sizes(size, taps, past)
+    spectrum = _multiply(
+        _forward_transform(grad, sizes),
+        _forward_transform(weight, sizes),
+        "no,oi->ni",
+        _is_depthwise(grad.shape[1], weight.shape),
+    )
+    return _inverse_transform(spectrum, sizes, past, size).to(grad.dtype).contiguous()
+
+
+@torch.library.custom_op("smpconv_zoo::fft_convolve_weight", mutates_args=())
+def _convolve_weight(
+    grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool
+) -> Tensor:
+    """Adjoint of the convolution in the kernel: ``grad`` (N, O, *size), ``x`` (N, I, *size) -> (O, I or 1, *taps)."""
+    size = x.shape[2:]
+    sizes = _sizes(size, taps, future)
+    # Correlating x with grad puts lag 0 at index 0, the past at the end: rolling by ``past`` puts tap 0 first.
+    spectrum = _multiply(
+        _forward_transform(grad, sizes).conj(), _forward_transform(x, sizes), "no,ni->oi", depthwise
+    )
+    past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
+    dims = list(range(2, x.dim()))
+    lags = torch.fft.irfftn(spectrum, s=sizes, dim=dims).roll(past, dims)
+    for dim, length in enumerate(taps, start=2):
+        lags = lags.narrow(dim, 0, length)
+    return lags.to(grad.dtype).contiguous()
+
+
+@_convolve.register_fake
+def _(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+    return x.new_empty([x.shape[0], weight.shape[0], *x.shape[2:]])
+
+
+@_convolve_input.register_fake
+def _(grad: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+    channels = weight.shape[0] if _is_depthwise(grad.shape[1], weight.shape) else weight.shape[1]
+    return grad.new_empty([grad.shape[0], channels, *grad.shape[2:]])
+
+
+@_convolve_weight.register_fake
+def _(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool) -> Tensor:
+    return grad.new_empty([grad.shape[1], 1 if depthwise else x.shape[1], *taps])
+
+
+def _save_convolve(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.future = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _convolve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    return (
+        _convolve_input(grad, weight, ctx.future) if ctx.needs_input_grad[0] else None,
+        _weight_gradient(grad, x, weight, ctx.future) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+def _convolve_input_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    grad, weight = ctx.saved_tensors
+    return (
+        _convolve(cotangent, weight, ctx.future) if ctx.needs_input_grad[0] else None,
+        _weight_gradient(grad, cotangent, weight, ctx.future) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+def _save_convolve_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, _, ctx.future, _ = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _convolve_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x = ctx.saved_tensors
+    return (
+        _convolve(x, cotangent, ctx.future) if ctx.needs_input_grad[0] else None,
+        _convolve_input(grad, cotangent, ctx.future) if ctx.needs_input_grad[1] else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+    depthwise = _is_depthwise(x.shape[1], weight.shape)
+    return _convolve_weight(grad, x, list(weight.shape[2:]), future, depthwise)
+
+
+_convolve.register_autograd(_convolve_backward, setup_context=_save_convolve)
+_convolve_input.register_autograd(_convolve_input_backward, setup_context=_save_convolve)
+_convolve_weight.register_autograd(_convolve_weight_backward, setup_context=_save_convolve_weight)
+

@@ -1,0 +1,80 @@
+"""Points and the taps they touch: the mathematics under every SMPConv kernel.
+
+A point has a position in ``[-1, 1]^d`` and a radius in the same unit. It spreads its value by a tent,
+``relu(1 - |tap - position|_1 / radius)``: one at its own position, zero from one radius away (Kim & Park, CVPR 2023,
+arXiv 2304.02330, section 3). Taps are the places where a kernel is read off; they form a regular grid over ``[-1, 1]^d``,
+so one tap spacing is ``2 / (kernel_size - 1)`` of the unit.
+
+Orientation, as in the authors' code: in one dimension the last tap, at +1, is the current sample. In two dimensions
+coordinate 0 runs along the columns to the right and coordinate 1 along the rows *upward*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["tap_grid", "tap_spacing", "tents"]
+
+
+def tap_grid(
+    kernel_size: Sequence[int],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Coordinates of every tap of a kernel.
+
+    Args:
+        kernel_size: Taps along each axis, ``(length,)`` or ``(height, width)``; at least 2 each.
+        device: Device of the result.
+        dtype: Floating-point type of the result.
+
+    Returns:
+        ``(length,)`` gives ``(1, length)``, from -1 for the oldest sample to +1 for the current one. ``(height, width)``
+        gives ``(2, height, width)``: ``[0]`` is x, growing to the right, ``[1]`` is y, growing upward.
+
+    Raises:
+        ValueError: Not one or two axes, or an axis of fewer than two taps.
+    """
+    if len(kernel_size) not in (1, 2):
+        raise ValueError(f"kernel_size must have one or two axes, got {tuple(kernel_size)}")
+    if min(kernel_size) < 2:
+        raise ValueError(f"a kernel needs at least 2 taps along each axis, got {tuple(kernel_size)}")
+    axes = [torch.linspace(-1, 1, steps=size, device=device, dtype=dtype) for size in kernel_size]
+    if len(axes) == 1:
+        return axes[0].unsqueeze(0)
+    rows, columns = axes
+    y, x = torch.meshgrid(rows.flip(0), columns, indexing="ij")
+    return torch.stack((x, y))
+
+
+def tap_spacing(kernel_size: Sequence[int]) -> float:
+    """Distance between neighbouring taps along the axis with the fewest taps, in the unit of the coordinates."""
+    return 2.0 / (min(kernel_size) - 1)
+
+
+def tents(coords: Tensor, radius: Tensor, grid: Tensor) -> Tensor:
+    """Weight of every point at every tap: ``relu(1 - |tap - position|_1 / radius)``.
+
+    Args:
+        coords: Positions, ``(..., points, d)``.
+        radius: Radii in the unit of the coordinates, ``(..., points)``.
+        grid: Tap coordinates, ``(d, *taps)``; see :func:`tap_grid`.
+
+    Returns:
+        ``(..., points, *taps)``, in ``[0, 1]`` for positive radii.
+    """
+    taps = grid.dim() - 1
+    distance = (_expand(coords[..., 0], taps) - grid[0]).abs()
+    for axis in range(1, grid.size(0)):
+        distance = distance + (_expand(coords[..., axis], taps) - grid[axis]).abs()
+    return torch.relu(1 - distance / _expand(radius, taps))
+
+
+def _expand(values: Tensor, dims: int) -> Tensor:
+    """Append ``dims`` axes of size one, to broadcast values of points over taps."""
+    for _ in range(dims):
+        values = values.unsqueeze(-1)
+    return values
