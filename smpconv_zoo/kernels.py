@@ -40,6 +40,13 @@ def render_kernel(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, 
     """
     if torch.jit.is_scripting():
         return _render(coords, radius, weight, grid, normalization)
+    else:
+        return _render_outside_autocast(coords, radius, weight, grid, normalization)
+
+
+def _render_outside_autocast(
+    coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, normalization: str
+) -> Tensor:
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
     device_type = weight.device.type

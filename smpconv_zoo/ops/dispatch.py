@@ -48,6 +48,11 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, backend: str = "auto") -> Tensor
     if torch.jit.is_scripting():
         # A scripted network has to run where this package is not installed.
         return depthwise_conv2d_reference(x, weight)
+    else:
+        return _depthwise_conv2d(x, weight, backend)
+
+
+def _depthwise_conv2d(x: Tensor, weight: Tensor, backend: str) -> Tensor:
     _check_conv2d(x, weight)
     if weight.size(1) != 1 or weight.size(0) != x.size(1):
         raise ValueError(
@@ -79,6 +84,11 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str =
     """
     if torch.jit.is_scripting():
         return conv2d_reference(x, weight, bias)
+    else:
+        return _conv2d(x, weight, bias, backend)
+
+
+def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     _check_conv2d(x, weight)
     if weight.size(1) != x.size(1):
         raise ValueError(f"weight is for {weight.size(1)} input channels, x has {x.size(1)}")
@@ -109,6 +119,11 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend
     """
     if torch.jit.is_scripting():
         return causal_conv1d_reference(x, weight, bias)
+    else:
+        return _causal_conv1d(x, weight, bias, backend)
+
+
+def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     if x.dim() != 3 or weight.dim() != 3:
         raise ValueError(
             f"expected x (N, I, L) and weight (O, I, K), got {tuple(x.shape)} and {tuple(weight.shape)}"

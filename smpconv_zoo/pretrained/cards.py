@@ -1,0 +1,189 @@
+"""Cards: one JSON file per checkpoint, the single place where it is declared.
+
+Everything said about a checkpoint elsewhere (timm's registry, the README table, the demo's report) is read from its card.
+Unknown and missing fields are refused, so a card cannot silently say less than it should.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CardError", "CheckpointCard", "checkpoint_card", "list_checkpoints", "load_card", "weights_dir"]
+
+STATUSES = ("embedded", "importable")
+
+
+class CardError(ValueError):
+    """A card is malformed, or there is none of that name."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightFile:
+    """A file of a checkpoint: its name, full sha256 (hex) and size in bytes."""
+
+    name: str
+    sha256: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What the network was trained and measured on: data set, form of the input, split."""
+
+    name: str
+    input: str
+    split: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PaperResult:
+    """A published figure: top-1 in percent, and where it stands."""
+
+    top1: float
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredResult:
+    """Our figure on the test part: ``correct`` of ``total``, the command that prints it and the log that holds it."""
+
+    top1: float
+    correct: int
+    total: int
+    command: str
+    log: str
+    hardware: str
+    versions: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How the weights came to be: command, seed, how it was chosen, log, hardware, versions."""
+
+    command: str
+    seed: int
+    chosen_by: str
+    log: str
+    hardware: str
+    versions: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointCard:
+    """Card of one checkpoint.
+
+    ``id`` is ``network.tag``. ``status`` is ``"embedded"`` (the weights ship with the package) or ``"importable"`` (they
+    are published elsewhere, see ``origin``). ``paper`` is what the authors publish for this task, ``measured`` what we
+    measured with these very weights; either may be None.
+    """
+
+    id: str
+    network: str
+    arguments: dict[str, Any]
+    status: str
+    files: tuple[WeightFile, ...]
+    parameters: int
+    data: Data
+    paper: PaperResult | None
+    measured: MeasuredResult | None
+    training: Training | None
+    license: str
+    origin: str
+
+    @property
+    def tag(self) -> str:
+        """The part of the id behind the network's name."""
+        return self.id.removeprefix(self.network + ".")
+
+
+def weights_dir() -> Path:
+    """Folder with the cards and embedded weights: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "weights"
+    return installed if installed.is_dir() else package.parent / "weights"
+
+
+def list_checkpoints() -> list[str]:
+    """Ids of all checkpoints that have a card, sorted; see :func:`checkpoint_card` for what a card says."""
+    return sorted(path.name.removesuffix(".json") for path in weights_dir().glob("*.json"))
+
+
+def checkpoint_card(checkpoint_id: str) -> CheckpointCard:
+    """The card of a checkpoint.
+
+    Args:
+        checkpoint_id: ``network.tag``, one of :func:`list_checkpoints`.
+
+    Raises:
+        CardError: No such checkpoint (near names are listed), or a malformed card.
+    """
+    ids = list_checkpoints()
+    if checkpoint_id not in ids:
+        near = difflib.get_close_matches(checkpoint_id, ids, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(ids)}"
+        raise CardError(f"no checkpoint is called {checkpoint_id!r}; {hint}")
+    return load_card(weights_dir() / f"{checkpoint_id}.json")
+
+
+def load_card(path: Path) -> CheckpointCard:
+    """Read and validate a card file.
+
+    Raises:
+        CardError: Not JSON, a field that is unknown, missing or of the wrong type, or an id that does not fit.
+    """
+    try:
+        card = _parse(CheckpointCard, json.loads(path.read_text(encoding="utf-8")), path.name)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CardError(f"{path.name} is not a JSON card: {error}") from error
+    assert isinstance(card, CheckpointCard)
+    if f"{card.id}.json" != path.name or card.id != f"{card.network}.{card.tag}" or not card.tag:
+        raise CardError(f"{path.name} declares id {card.id!r} and network {card.network!r}, which do not fit its name")
+    if card.status not in STATUSES:
+        raise CardError(f"{path.name}: status must be one of {STATUSES}, got {card.status!r}")
+    if (card.status == "embedded") != bool(card.files):
+        raise CardError(f"{path.name}: embedded checkpoints have files, others none")
+    for file in card.files:
+        if Path(file.name).name != file.name:
+            raise CardError(f"{path.name}: {file.name!r} is not a plain file name")
+        if len(file.sha256) != 64 or set(file.sha256) - set("0123456789abcdef"):
+            raise CardError(f"{path.name}: {file.name} needs a full sha256, got {file.sha256!r}")
+    return card
+
+
+def _parse(kind: Any, value: Any, where: str) -> Any:
+    """Build ``kind`` (a dataclass, union, tuple, dict or plain type) from parsed JSON, refusing anything else."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        options = typing.get_args(kind)
+        if value is None and type(None) in options:
+            return None
+        return _parse(next(option for option in options if option is not type(None)), value, where)
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise CardError(f"{where} must be an object, got {type(value).__name__}")
+        hints = typing.get_type_hints(kind)
+        unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
+        if unknown or missing:
+            raise CardError(f"{where}: unknown fields {unknown}, missing fields {missing}")
+        return kind(**{name: _parse(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise CardError(f"{where} must be a list, got {type(value).__name__}")
+        return tuple(_parse(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise CardError(f"{where} must be an object, got {type(value).__name__}")
+        return {key: _parse(typing.get_args(kind)[1], item, f"{where}: {key}") for key, item in value.items()}
+    if kind is Any:
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise CardError(f"{where} must be {kind.__name__}, got {type(value).__name__}")
+    return value

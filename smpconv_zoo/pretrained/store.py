@@ -1,0 +1,154 @@
+"""Reading weights: every byte checked before any of it is used, and no pickle is ever executed."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from smpconv_zoo.pretrained.cards import CheckpointCard, weights_dir
+
+__all__ = ["CheckpointError", "embedded_file", "load_embedded", "read_checkpoint", "read_safetensors", "sha256_of"]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message says which file and why."""
+
+
+def sha256_of(data: bytes) -> str:
+    """Hex sha256 of ``data``."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def embedded_file(card: CheckpointCard) -> Path:
+    """The weight file that ships with the package for ``card``.
+
+    Raises:
+        CheckpointError: The checkpoint is not embedded.
+    """
+    if card.status != "embedded":
+        raise CheckpointError(how_to_get(card))
+    return weights_dir() / card.files[0].name
+
+
+def load_embedded(card: CheckpointCard) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of an embedded checkpoint, verified against its card.
+
+    Raises:
+        CheckpointError: The file is absent, its sha256 is not the card's, or its weights are not finite.
+    """
+    return read_safetensors(embedded_file(card), card.files[0].sha256)
+
+
+def how_to_get(card: CheckpointCard) -> str:
+    """One sentence that says how to get weights that do not ship with the package."""
+    return (
+        f"{card.id} does not ship with this package: download it from {card.origin}, run `smpconv-zoo convert FILE "
+        f"--model {card.network} --out {card.id}.safetensors`, and pass pretrained_cfg_overlay=dict(file="
+        f"'{card.id}.safetensors')"
+    )
+
+
+def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and string metadata of a safetensors file.
+
+    The file is read once; what is hashed is what is loaded.
+
+    Args:
+        path: The file.
+        sha256: Expected hex digest of the whole file, or None if there is nothing to check against.
+
+    Raises:
+        CheckpointError: Absent or unreadable, another sha256, not a safetensors file, or NaN or Inf among the weights.
+    """
+    data = _read_bytes(path)
+    if sha256 is not None and sha256_of(data) != sha256:
+        raise CheckpointError(
+            f"{path} is not the file its card declares: sha256 is {sha256_of(data)}, expected {sha256}; it was not loaded"
+        )
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
+    _refuse_non_finite(tensors, path)
+    return tensors, header.get("__metadata__", {})
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint file, under the names it was saved with.
+
+    Takes safetensors files and the two kinds of pickles that the authors' code writes, which are parsed without
+    executing them (``weights_only``, with just the globals that those files hold). Averaged weights
+    (``state_dict_ema``) are preferred: they are the ones that were evaluated.
+
+    Raises:
+        CheckpointError: Absent, a directory, truncated, foreign, or with weights that are not finite.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)[0]
+    _check_file(path)
+    try:
+        with torch.serialization.safe_globals(_reference_globals()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
+    state_dict = _find_state_dict(content, path)
+    _refuse_non_finite(state_dict, path)
+    return state_dict
+
+
+def _reference_globals() -> list[Any]:
+    """The globals in a checkpoint of the authors' image code: argparse's namespace and numpy float64 scalars."""
+    scalar = np.float64(0).__reduce__()[0]
+    return [
+        argparse.Namespace,
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        type(np.dtype(np.float64)),
+    ]
+
+
+def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, dict):
+        for key in ("state_dict_ema", "state_dict", "model"):
+            if isinstance(content.get(key), dict) and content[key]:
+                content = content[key]
+                break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        found = ", ".join(sorted(map(str, content))[:8]) if isinstance(content, dict) else type(content).__name__
+        raise CheckpointError(f"{path} holds no state dict: expected 'state_dict_ema', 'state_dict' or 'model', got {found}")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _refuse_non_finite(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds NaN or Inf")
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a directory, not a checkpoint file")
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist")
+
+
+def _read_bytes(path: Path) -> bytes:
+    _check_file(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
