@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from importlib.resources import files
 from importlib.util import find_spec
@@ -62,7 +63,7 @@ def load_mnist5k() -> tuple[np.ndarray, np.ndarray]:
     path = _find_csv()
     try:
         content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is not a complete gzip file ({error}).") from error
     sha256 = hashlib.sha256(content).hexdigest()
     if sha256 != SHA256:
