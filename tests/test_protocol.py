@@ -2,6 +2,7 @@
 
 import builtins
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -236,3 +237,10 @@ def test_permute_pixels_refuses_what_is_no_permutation(order: list[Any]) -> None
 def test_a_missing_golden_file_skips_and_says_which() -> None:
     with pytest.raises(pytest.skip.Exception, match=r"^needs golden/no_such\.json, which is not in this clone$"):
         golden("no_such.json")
+
+
+def test_golden_files_of_another_folder_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data_protocol.json").write_text("{}")
+    monkeypatch.setenv("SMPCONV_GOLDEN", str(tmp_path))
+    assert golden("data_protocol.json") == tmp_path / "data_protocol.json"
+    assert golden("mfcc.safetensors").parent != tmp_path

@@ -88,11 +88,10 @@ def normalize(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
         _check_series(x, "every tensor to be normalized")
         if x.shape[1:] != train.shape[1:]:
             raise ValueError(f"channels and length must agree: {tuple(train.shape)} against {tuple(x.shape)}.")
+    # Over no value the mean is 0 / 0, over one the deviation is 0 / 0: NaN, as promised.
     observed = (~train.isnan()).sum(dim=(0, 1))
     mean = train.nansum(dim=(0, 1)) / observed
     std = ((train - mean).square().nansum(dim=(0, 1)) / (observed - 1)).sqrt()
-    # The sum of squares over a single value is 0, and 0 / 0 is NaN as it should be; over no value it would be 0 / -1.
-    std = torch.where(observed > 1, std, torch.nan)
     return tuple((x - mean) / (std + 1e-5) for x in (train, *others))
 
 
