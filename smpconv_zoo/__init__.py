@@ -1,0 +1,24 @@
+"""SMPConv networks for timm: continuous convolution kernels made of points that move.
+
+Importing this package registers every network with timm; nothing else happens.
+"""
+
+from smpconv_zoo import ops
+from smpconv_zoo._version import __version__
+from smpconv_zoo.checkpoints import convert_checkpoint, create_model
+from smpconv_zoo.kernels import render_kernel
+from smpconv_zoo.layers import SMPConv1d, SMPConv2d, clip_radius_
+from smpconv_zoo.pretrained.cards import checkpoint_card, list_checkpoints
+
+__all__ = [
+    "SMPConv1d",
+    "SMPConv2d",
+    "__version__",
+    "checkpoint_card",
+    "clip_radius_",
+    "convert_checkpoint",
+    "create_model",
+    "list_checkpoints",
+    "ops",
+    "render_kernel",
+]

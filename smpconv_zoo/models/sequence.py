@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
@@ -445,7 +446,8 @@ class SMPConvResNet(_BlockNet):
 def _sequence_cfg(in_chans: int, length: int, num_classes: int = 10, **kwargs: Any) -> dict[str, Any]:
     return {
         "num_classes": num_classes,
-        "input_size": (in_chans, length),
+        # timm's cfg has images in mind, (channels, height, width); the networks take (N, channels, length).
+        "input_size": (in_chans, 1, length),
         "mean": (0.0,) * in_chans,
         "std": (1.0,) * in_chans,
         "first_conv": ("blocks.0.conv1.large.conv", "blocks.0.conv1.small.conv", "blocks.0.shortcut"),
@@ -462,9 +464,9 @@ def _image_cfg(**kwargs: Any) -> dict[str, Any]:
         "pool_size": (32, 32),
         "crop_pct": 1.0,
         "interpolation": "bicubic",
-        # Statistics of the CIFAR-10 training images, as the authors' loader has them.
-        "mean": (0.4914, 0.4822, 0.4465),
-        "std": (0.247, 0.243, 0.261),
+        # ImageNet's statistics, on CIFAR too: the authors' loader has them so.
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
         "first_conv": ("stem.0.large.conv", "stem.0.small.conv"),
         "classifier": "head.fc",
         **PAPER,

@@ -1,0 +1,186 @@
+"""From an entrypoint's arguments to a network, with verified weights if asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints, weights_dir
+from smpconv_zoo.pretrained.remap import remap_reference_state_dict
+from smpconv_zoo.pretrained.store import CheckpointError, how_to_get, load_embedded, read_checkpoint
+
+__all__ = ["PAPER", "build_smpconv", "check_arguments", "checkpoint_cfgs", "match_state_dict", "per_stage"]
+
+PAPER = {
+    "license": "mit",
+    "paper_ids": "arXiv:2304.02330",
+    "paper_name": "SMPConv: Self-moving Point Representations for Continuous Convolution",
+    "origin_url": "https://github.com/sangnekim/SMPConv",
+}
+
+
+def checkpoint_cfgs(network: str, cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """timm's default cfgs of a network, one for each checkpoint that has a card, embedded ones first."""
+    cards = [checkpoint_card(name) for name in list_checkpoints() if name.startswith(f"{network}.")]
+    cards.sort(key=lambda card: card.status != "embedded")
+    if not cards:
+        return {network: cfg}
+    return {card.id: {**cfg, **_card_cfg(card)} for card in cards}
+
+
+def _card_cfg(card: CheckpointCard) -> dict[str, Any]:
+    entries: dict[str, Any] = {"license": card.license.lower(), "description": f"{card.data.name}, {card.data.input}"}
+    if card.files:
+        entries["file"] = str(weights_dir() / card.files[0].name)
+    return entries
+
+
+def build_smpconv(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """Build ``variant`` through timm.
+
+    Weights from a file, embedded or the user's, are read and checked here, converted if they bear the authors' names,
+    and compared with the network key by key; timm then adapts classifier and input channels as for any of its networks.
+
+    Raises:
+        CheckpointError: ``pretrained`` and no weights at hand, or weights that do not fit.
+        RuntimeError: A tag that the network does not have; the message lists those it has.
+    """
+    overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
+    pretrained_cfg = kwargs.pop("pretrained_cfg", None)
+    if isinstance(pretrained_cfg, str):
+        tags = [name.partition(".")[2] for name in timm.list_models(f"{variant}.*", include_tags=True)]
+        if pretrained_cfg and pretrained_cfg not in tags:
+            raise RuntimeError(f"{variant} has no checkpoint tag {pretrained_cfg!r}; its tags are: {', '.join(tags)}")
+    if pretrained:
+        overlay.update(_load_weights(variant, pretrained_cfg, overlay))
+    model = build_model_with_cfg(
+        model_cls,
+        variant,
+        pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=match_state_dict,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+    # timm keeps the cfg with the network; the weights that came with it are in the network already.
+    model.pretrained_cfg.pop("state_dict", None)
+    return model
+
+
+def _load_weights(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> dict[str, Any]:
+    """Cfg entries that hand timm verified weights, empty where timm fetches them itself (hub, url, given in memory)."""
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    if cfg.source in ("hf-hub", "local-dir") or cfg.state_dict:
+        return {}
+    checkpoint = f"{variant}.{cfg.tag}" if cfg.tag else variant
+    card = checkpoint_card(checkpoint) if checkpoint in list_checkpoints() else None
+    if overlay.get("file"):
+        return {"state_dict": read_checkpoint(overlay["file"])}
+    if card is not None and card.status == "embedded" and "file" not in overlay:
+        return {"state_dict": load_embedded(card)[0]}
+    if cfg.file:
+        return {"state_dict": read_checkpoint(cfg.file)}
+    if cfg.hf_hub_id or cfg.url:
+        return {}
+    if card is not None:
+        raise CheckpointError(how_to_get(card))
+    raise CheckpointError(f"there are no pretrained weights for {variant}; create it with pretrained=False and train it")
+
+
+def match_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights under the names and in the shapes of ``model``.
+
+    The classifier may be missing or of another size where the model has other classes than the weights, and the input
+    layers are adapted where it has other input channels; everything else has to fit exactly.
+
+    Raises:
+        CheckpointError: Missing, unexpected or mis-shaped keys, by name.
+    """
+    state_dict = remap_reference_state_dict(state_dict)
+    cfg = getattr(model, "pretrained_cfg", {})
+    classifier = cfg.get("classifier") or "head.fc"
+    first_conv = cfg.get("first_conv") or ()
+    inputs = (first_conv,) if isinstance(first_conv, str) else tuple(first_conv)
+    own = model.state_dict()
+    in_chans = getattr(model, "in_chans", None)
+    other_classes = getattr(model, "num_classes", None) != cfg.get("num_classes")
+
+    def free(name: str) -> bool:
+        return other_classes and name.startswith(f"{classifier}.")
+
+    missing = [name for name in own if name not in state_dict and not free(name)]
+    unexpected = [name for name in state_dict if name not in own and not free(name)]
+    if missing or unexpected:
+        raise CheckpointError(
+            f"these weights are not of this network: missing keys {_some(missing)}, unexpected keys {_some(unexpected)}"
+        )
+    out = {}
+    for name, tensor in state_dict.items():
+        expected = own[name].shape if name in own else tensor.shape
+        if tensor.shape != expected and not free(name):
+            adaptable = name.removesuffix(".weight") in inputs and name.endswith(".weight")
+            if not (adaptable and tensor.dim() == len(expected) and in_chans is not None):
+                raise CheckpointError(
+                    f"{name} has shape {tuple(tensor.shape)}, the network expects {tuple(expected)}"
+                )
+            if tensor.dim() != 4:
+                # timm adapts 4-dimensional stems; kernels of points and 1-D kernels are adapted in the same way here.
+                flat = tensor.flatten(2).unsqueeze(-1)
+                adapted = adapt_input_conv(in_chans, flat, base_chans=tensor.size(1))
+                tensor = adapted.squeeze(-1).reshape(expected)
+        out[name] = tensor
+    return out
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    if not names:
+        return "none"
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def per_stage(name: str, values: int | Sequence[int], stages: int) -> tuple[int, ...]:
+    """One value for each stage, from one for all or a list of the right length."""
+    values = (values,) * stages if isinstance(values, int) else tuple(values)
+    if len(values) != stages:
+        raise ValueError(f"{name} has {len(values)} entries for {stages} stages: {values}")
+    return values
+
+
+def check_arguments(
+    in_chans: int,
+    num_classes: int,
+    global_pool: str,
+    drop_rate: float,
+    drop_path_rate: float,
+    pools: Sequence[str] | None = None,
+    **sizes: int | Sequence[int],
+) -> None:
+    """Refuse arguments that no network can be built from, by name and value.
+
+    Raises:
+        ValueError: One of them.
+    """
+    if in_chans < 1:
+        raise ValueError(f"in_chans must be at least 1, got {in_chans}")
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
+    if pools is not None and global_pool not in pools:
+        raise ValueError(f"global_pool must be one of {tuple(pools)}, got {global_pool!r}")
+    for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {rate}")
+    for name, size in sizes.items():
+        entries = (size,) if isinstance(size, int) else tuple(size)
+        if not entries or min(entries) < 1:
+            raise ValueError(f"{name} must be at least 1 throughout, got {size}")
+
+
+def create_on_meta(network: str, **arguments: Any) -> nn.Module:
+    """A network without memory for its weights: names, shapes and structure only."""
+    return timm.create_model(network, device=torch.device("meta"), **arguments)
