@@ -84,11 +84,19 @@ def _multiply(a: Tensor, b: Tensor, equation: str, depthwise: bool) -> Tensor:
     """Multiply spectra frequency by frequency: ``equation`` contracts (batch, in, out) channels as n, i, o."""
     if depthwise:
         return (a * b).sum(0).unsqueeze(1) if equation == "no,ni->oi" else a * b.squeeze(1)
-    left, rest = equation.split(",")
-    right, result = rest.split("->")
     shape = a.shape[2:]
-    out = torch.einsum(f"{left}f,{right}f->{result}f", a.flatten(2), b.flatten(2))
-    return out.unflatten(2, shape)
+    left, right = {
+        "ni,oi->no": (_by_frequency(a), _by_frequency(b, transpose=True)),
+        "no,oi->ni": (_by_frequency(a), _by_frequency(b)),
+        "no,ni->oi": (_by_frequency(a, transpose=True), _by_frequency(b)),
+    }[equation]
+    return torch.bmm(left, right).permute(1, 2, 0).unflatten(2, shape)
+
+
+def _by_frequency(spectrum: Tensor, transpose: bool = False) -> Tensor:
+    """One contiguous matrix per frequency: left to itself, bmm copies strided complex matrices one by one."""
+    order = (2, 1, 0) if transpose else (2, 0, 1)
+    return spectrum.resolve_conj().flatten(2).permute(order).contiguous()
 
 
 @torch.library.custom_op("smpconv_zoo::fft_convolve", mutates_args=())

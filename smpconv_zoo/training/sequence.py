@@ -1,0 +1,268 @@
+"""Training of sequence networks on data that fits in memory.
+
+The protocol is the sound one: the validation part alone is looked at while choosing, the last epoch counts, radii are
+clipped after every step. On a GPU the whole step (forward, backward, Adam, clip) is captured in one CUDA graph, since
+launching its small kernels takes three quarters of the time otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from smpconv_zoo._version import __version__
+from smpconv_zoo.checkpoints import write_safetensors
+from smpconv_zoo.data.mnist5k import mnist5k_images
+from smpconv_zoo.data.protocol import pixel_permutation
+from smpconv_zoo.layers import clip_radius_
+from smpconv_zoo.training.augment import augment_digits
+from smpconv_zoo.training.groups import sequence_parameter_groups
+from smpconv_zoo.training.recipe import Recipe
+from smpconv_zoo.training.schedules import warmup_cosine
+
+__all__ = ["Epoch", "RunResult", "hardware", "train_sequences", "versions"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """What is logged of an epoch: losses are means over its samples, accuracy is percent, time is seconds."""
+
+    epoch: int
+    train_loss: float
+    validation_top1: float | None
+    lr: float
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunResult:
+    """Outcome of a run: the network, its pixel permutation, and the last epoch's log line."""
+
+    model: nn.Module
+    permutation: np.ndarray | None
+    last: Epoch
+
+
+class _Step:
+    """One optimizer step on a batch, captured in a CUDA graph on a GPU and called plainly elsewhere."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, length: int, device: torch.device) -> None:
+        self.model = model
+        self.drop_rate = recipe.input_drop_rate
+        self.on_gpu = device.type == "cuda"
+        groups = sequence_parameter_groups(model, recipe.lr, recipe.weight_decay)
+        if self.on_gpu:
+            # A captured step reads its rates from memory, where a schedule can change them.
+            for group in groups:
+                group["lr"] = torch.tensor(group["lr"], device=device)
+        self.optimizer = torch.optim.Adam(groups, capturable=self.on_gpu)
+        self.x = torch.zeros(recipe.batch_size, model.in_chans, length, device=device)
+        self.y = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), device=device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            rate = lr * group["lr_scale"]
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """Take one step; returns the loss, in a tensor that the next step overwrites."""
+        self.x.copy_(x)
+        self.y.copy_(y)
+        if not self.on_gpu:
+            self._run()
+        else:
+            if self.graph is None:
+                self._capture()
+            assert self.graph is not None
+            self.graph.replay()
+        return self.loss
+
+    def _run(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(self.model(F.dropout(self.x, self.drop_rate)), self.y)
+        loss.backward()
+        self.optimizer.step()
+        clip_radius_(self.model)
+        self.loss.copy_(loss.detach())
+
+    def _capture(self) -> None:
+        """Warm up on a side stream, then record; weights and optimizer state are put back as they were."""
+        weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self._run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self._run()
+        self.model.load_state_dict(weights)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+
+def train_sequences(
+    recipe: Recipe,
+    train_split: str = "train",
+    validation_split: str | None = "validation",
+    device: str | torch.device = "cpu",
+    on_epoch: Callable[[Epoch], None] | None = None,
+) -> RunResult:
+    """Train a network on MNIST-5k as ``recipe`` says.
+
+    Args:
+        recipe: The run.
+        train_split: Part to train on, ``"train"`` or ``"train+validation"``.
+        validation_split: Part to measure after each epoch; None for none. Never the test part: it is for the end.
+        device: Where to train.
+        on_epoch: Called with each epoch's log line.
+
+    Raises:
+        ValueError: The test part among those to train on or to choose by.
+        FloatingPointError: The loss is not finite any more.
+    """
+    if "test" in train_split or "test" in (validation_split or ""):
+        raise ValueError("the test part is neither for training nor for choosing")
+    device = torch.device(device)
+    permutation = None if recipe.permutation_seed is None else pixel_permutation(recipe.permutation_seed)
+    order_of_pixels = None if permutation is None else torch.from_numpy(permutation).to(device)
+    images, labels = (tensor.to(device) for tensor in mnist5k_images(train_split))
+    if validation_split is not None:
+        validation = [tensor.to(device) for tensor in mnist5k_images(validation_split)]
+    if len(images) < recipe.batch_size:
+        raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(images)} samples of {train_split!r}")
+    torch.manual_seed(recipe.seed)
+    generator = torch.Generator(device).manual_seed(recipe.seed)
+    model = timm.create_model(recipe.network, **recipe.arguments).to(device).train()
+    step = _Step(model, recipe, images[0].numel(), device)
+    batches = len(images) // recipe.batch_size
+    rates = warmup_cosine(recipe.lr, recipe.epochs * batches, recipe.warmup_epochs * batches)
+    last = None
+    with _deterministic_convolutions():
+        for epoch in range(recipe.epochs):
+            start = time.perf_counter()
+            total = torch.zeros((), device=device)
+            order = torch.randperm(len(images), device=device, generator=generator)
+            epoch_images = augment_digits(images, generator) if recipe.augment else images
+            for batch in range(batches):
+                rate = rates[epoch * batches + batch]
+                step.set_lr(float(rate))
+                index = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
+                total += step(_as_sequences(epoch_images[index], order_of_pixels), labels[index])
+            loss = total.item() / batches
+            if not np.isfinite(loss):
+                raise FloatingPointError(f"the loss of epoch {epoch + 1} is {loss}; lower the rate lr={recipe.lr}")
+            accuracy = None
+            if validation_split is not None:
+                accuracy = top1(model, _as_sequences(validation[0], order_of_pixels), validation[1])
+            last = Epoch(epoch + 1, loss, accuracy, float(rate), time.perf_counter() - start)
+            if on_epoch is not None:
+                on_epoch(last)
+    assert last is not None
+    return RunResult(model.eval(), permutation, last)
+
+
+def _as_sequences(images: Tensor, permutation: Tensor | None) -> Tensor:
+    return images.flatten(2) if permutation is None else images.flatten(2)[:, :, permutation]
+
+
+def top1(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 250) -> float:
+    """Percent of ``x`` (N, ...) that ``model`` puts into its class ``y`` (N,); leaves the model in train mode."""
+    model.eval()
+    with torch.inference_mode():
+        correct = sum(
+            (model(part).argmax(1) == target).sum().item()
+            for part, target in zip(x.split(batch_size), y.split(batch_size), strict=True)
+        )
+    model.train()
+    return 100.0 * correct / len(y)
+
+
+@contextlib.contextmanager
+def _deterministic_convolutions() -> Iterator[None]:
+    """cuDNN may choose kernels whose sums depend on scheduling; a seed should decide a run."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        yield
+
+
+def save_run(result: RunResult, recipe: Recipe, path: Path) -> str:
+    """Write the weights with what is needed to use them; returns the sha256 of the file.
+
+    The safetensors metadata holds ``id``, the ``recipe``, and for permuted sequences the ``permutation``: position j of
+    the sequence is pixel ``permutation[j]`` of the row-major image.
+    """
+    metadata = {"id": recipe.id, "recipe": json.dumps(dataclasses.asdict(recipe))}
+    if result.permutation is not None:
+        metadata["permutation"] = json.dumps([int(i) for i in result.permutation])
+    weights = {name: tensor.detach().cpu() for name, tensor in result.model.state_dict().items()}
+    return write_safetensors(path, weights, metadata)
+
+
+class RunLog:
+    """A log of JSON lines: what ran, then one line per epoch. It takes its final name when it is closed whole."""
+
+    def __init__(self, path: Path, **header: Any) -> None:
+        self.path = path
+        self._aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        self._file = open(self._aside, "x", encoding="utf-8")
+        self.write({"command": " ".join(sys.argv), "versions": versions(), **header})
+
+    def write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._aside, self.path)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "smpconv_zoo": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def hardware(device: str | torch.device) -> str:
+    """Name of the GPU, or of the CPU and the threads in use."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
