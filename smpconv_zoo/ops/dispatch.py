@@ -181,7 +181,7 @@ def _fft_pays(x: Tensor, weight: Tensor, depthwise: bool) -> bool:
         return max(taps) >= (_CPU_DEPTHWISE_TAPS_TRAINING if training else _CPU_DEPTHWISE_TAPS)
     size = x.shape[2:]
     reach = [t // 2 if len(taps) == 2 else t - 1 for t in taps]
-    points = math.prod(good_fft_size(s + r) for s, r in zip(size, reach, strict=True))
+    points = math.prod([good_fft_size(s + r) for s, r in zip(size, reach, strict=True)])
     if depthwise:
         transformed, direct = points * math.log2(points), math.prod(size) * math.prod(taps)
     else:
