@@ -16,7 +16,6 @@ in float32.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +25,6 @@ from torch import Tensor
 __all__ = ["fft_convolve", "good_fft_size"]
 
 
-@functools.lru_cache(maxsize=1024)
 def good_fft_size(size: int) -> int:
     """Smallest even number >= ``size`` without prime factors above 7: the sizes that FFT libraries have kernels for."""
     candidate = size + size % 2
