@@ -127,10 +127,10 @@ def _convolve_weight(
     """Adjoint of the convolution in the kernel: ``grad`` (N, O, *size), ``x`` (N, I, *size) -> (O, I or 1, *taps)."""
     size = x.shape[2:]
     sizes = _sizes(size, taps, future)
+    # Conjugated in memory: code compiled by AOTAutograd can call this with lazy conjugation switched off.
+    conjugate = _forward_transform(grad, sizes).conj_physical_()
     # Correlating x with grad puts lag 0 at index 0, the past at the end: rolling by ``past`` puts tap 0 first.
-    spectrum = _multiply(
-        _forward_transform(grad, sizes).conj(), _forward_transform(x, sizes), "no,ni->oi", depthwise
-    )
+    spectrum = _multiply(conjugate, _forward_transform(x, sizes), "no,ni->oi", depthwise)
     past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
     dims = list(range(2, x.dim()))
     lags = torch.fft.irfftn(spectrum, s=sizes, dim=dims).roll(past, dims)
