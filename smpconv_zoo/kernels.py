@@ -63,7 +63,7 @@ def _render(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, normal
     tent = tents(coords, radius, grid).flatten(1 - grid.dim())
     if normalization == "count":
         # The reciprocal first: the reference rounds in this order, and the count itself carries no gradient.
-        tent = (1 / ((tent != 0).sum(dim=-2, keepdim=True) + 1e-6)) * tent
+        tent = (1 / ((tent != 0).sum(dim=-2, keepdim=True, dtype=tent.dtype) + 1e-6)) * tent
     kernel = torch.matmul(weight, tent)
     shape = list(weight.shape[:2]) + list(grid.shape[1:])
     return kernel.view(shape).to(dtype)

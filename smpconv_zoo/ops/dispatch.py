@@ -181,7 +181,7 @@ def _fft_pays(x: Tensor, weight: Tensor, depthwise: bool) -> bool:
         return max(taps) >= (_CPU_DEPTHWISE_TAPS_TRAINING if training else _CPU_DEPTHWISE_TAPS)
     size = x.shape[2:]
     reach = [t // 2 if len(taps) == 2 else t - 1 for t in taps]
-    points = math.prod(good_fft_size(s + r) for s, r in zip(size, reach, strict=True))
+    points = math.prod([good_fft_size(s + r) for s, r in zip(size, reach, strict=True)])
     if depthwise:
         transformed, direct = points * math.log2(points), math.prod(size) * math.prod(taps)
     else:
@@ -206,7 +206,12 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(device_type)
-    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return _autocast_one(x, dtype), _autocast_one(weight, dtype), None if bias is None else _autocast_one(bias, dtype)
+
+
+def _autocast_one(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Autocast leaves double precision and integers alone.
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
 def _reachable_same(weight: Tensor, size: Sequence[int]) -> Tensor:

@@ -16,7 +16,6 @@ in float32.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +25,6 @@ from torch import Tensor
 __all__ = ["fft_convolve", "good_fft_size"]
 
 
-@functools.lru_cache(maxsize=1024)
 def good_fft_size(size: int) -> int:
     """Smallest even number >= ``size`` without prime factors above 7: the sizes that FFT libraries have kernels for."""
     candidate = size + size % 2
@@ -113,8 +111,11 @@ def _convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
 
 
 @torch.library.custom_op("smpconv_zoo::fft_convolve_input", mutates_args=())
-def _convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
-    """Adjoint of the convolution in x: ``grad`` (N, O, *size) -> (N, I, *size)."""
+def _convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> Tensor:
+    """Adjoint of the convolution in x: ``grad`` (N, O, *size) -> (N, I, *size).
+
+    ``depthwise`` is told, not seen: a dense kernel for one input channel has the shape of a depthwise one here.
+    """
     size, taps = grad.shape[2:], weight.shape[2:]
     past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
     sizes = _sizes(size, taps, past)
@@ -122,7 +123,7 @@ def _convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int]) -> Tens
         _forward_transform(grad, sizes),
         _forward_transform(weight, sizes),
         "no,oi->ni",
-        _is_depthwise(grad.shape[1], weight.shape),
+        depthwise,
     )
     return _inverse_transform(spectrum, sizes, past, size).to(grad.dtype).contiguous()
 
@@ -134,10 +135,10 @@ def _convolve_weight(
     """Adjoint of the convolution in the kernel: ``grad`` (N, O, *size), ``x`` (N, I, *size) -> (O, I or 1, *taps)."""
     size = x.shape[2:]
     sizes = _sizes(size, taps, future)
+    # Conjugated in memory: code compiled by AOTAutograd can call this with lazy conjugation switched off.
+    conjugate = _forward_transform(grad, sizes).conj_physical_()
     # Correlating x with grad puts lag 0 at index 0, the past at the end: rolling by ``past`` puts tap 0 first.
-    spectrum = _multiply(
-        _forward_transform(grad, sizes).conj(), _forward_transform(x, sizes), "no,ni->oi", depthwise
-    )
+    spectrum = _multiply(conjugate, _forward_transform(x, sizes), "no,ni->oi", depthwise)
     past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
     dims = list(range(2, x.dim()))
     lags = torch.fft.irfftn(spectrum, s=sizes, dim=dims).roll(past, dims)
@@ -152,9 +153,8 @@ def _(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
 
 
 @_convolve_input.register_fake
-def _(grad: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
-    channels = weight.shape[0] if _is_depthwise(grad.shape[1], weight.shape) else weight.shape[1]
-    return grad.new_empty([grad.shape[0], channels, *grad.shape[2:]])
+def _(grad: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> Tensor:
+    return grad.new_empty([grad.shape[0], weight.shape[0 if depthwise else 1], *grad.shape[2:]])
 
 
 @_convolve_weight.register_fake
@@ -169,24 +169,33 @@ def _save_convolve(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _convolve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
+    depthwise = _is_depthwise(x.shape[1], weight.shape)
     return (
-        _convolve_input(grad, weight, ctx.future) if ctx.needs_input_grad[0] else None,
-        _weight_gradient(grad, x, weight, ctx.future) if ctx.needs_input_grad[1] else None,
+        _convolve_input(grad, weight, ctx.future, depthwise) if ctx.needs_input_grad[0] else None,
+        _convolve_weight(grad, x, list(weight.shape[2:]), ctx.future, depthwise) if ctx.needs_input_grad[1] else None,
         None,
     )
+
+
+def _save_convolve_input(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, weight, ctx.future, ctx.depthwise = inputs
+    ctx.save_for_backward(grad, weight)
 
 
 def _convolve_input_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     grad, weight = ctx.saved_tensors
     return (
         _convolve(cotangent, weight, ctx.future) if ctx.needs_input_grad[0] else None,
-        _weight_gradient(grad, cotangent, weight, ctx.future) if ctx.needs_input_grad[1] else None,
+        _convolve_weight(grad, cotangent, list(weight.shape[2:]), ctx.future, ctx.depthwise)
+        if ctx.needs_input_grad[1]
+        else None,
+        None,
         None,
     )
 
 
 def _save_convolve_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    grad, x, _, ctx.future, _ = inputs
+    grad, x, _, ctx.future, ctx.depthwise = inputs
     ctx.save_for_backward(grad, x)
 
 
@@ -194,19 +203,14 @@ def _convolve_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | Non
     grad, x = ctx.saved_tensors
     return (
         _convolve(x, cotangent, ctx.future) if ctx.needs_input_grad[0] else None,
-        _convolve_input(grad, cotangent, ctx.future) if ctx.needs_input_grad[1] else None,
+        _convolve_input(grad, cotangent, ctx.future, ctx.depthwise) if ctx.needs_input_grad[1] else None,
         None,
         None,
         None,
     )
 
 
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
-    depthwise = _is_depthwise(x.shape[1], weight.shape)
-    return _convolve_weight(grad, x, list(weight.shape[2:]), future, depthwise)
-
-
 _convolve.register_autograd(_convolve_backward, setup_context=_save_convolve)
-_convolve_input.register_autograd(_convolve_input_backward, setup_context=_save_convolve)
+_convolve_input.register_autograd(_convolve_input_backward, setup_context=_save_convolve_input)
 _convolve_weight.register_autograd(_convolve_weight_backward, setup_context=_save_convolve_weight)
 
