@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import timm
 from torch import Tensor, nn
 
 import smpconv_zoo.models  # noqa: F401  (registers the networks)
+from smpconv_zoo.files import write_whole
 from smpconv_zoo.models.build import create_on_meta, match_state_dict
 from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint, sha256_of
 
@@ -82,20 +82,12 @@ def convert_checkpoint(path: str | os.PathLike[str], model_name: str, **kwargs: 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write tensors under ``path``, whole or not at all, and return the sha256 of the file.
 
-    The bytes go to a file beside it, reach the disk, and take the final name last.
-
     Raises:
         CheckpointError: The folder does not exist or cannot be written.
     """
     data = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(aside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_whole(path, data)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
     return sha256_of(data)
