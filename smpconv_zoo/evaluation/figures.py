@@ -1,0 +1,193 @@
+"""Pictures of what a network learned: its kernels, the points they are made of, and its confusions.
+
+matplotlib is imported when a picture is drawn, never before, and through its object interface: no window, no global
+state.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from smpconv_zoo.layers import SMPConv1d, SMPConv2d
+
+__all__ = ["confusion_figure", "kernel_figure"]
+
+STYLE = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.titlesize": 14,
+    "figure.titleweight": "bold",
+}
+LEARNED, INITIAL = "#3b6ea5", "#d1495b"
+
+
+def kernel_figure(model: nn.Module, title: str) -> bytes | None:
+    """The first continuous convolution of ``model`` and its last: kernels, and the points that make them.
+
+    Args:
+        model: A network with SMPConv layers; one without gives None.
+        title: Heading of the picture.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to get it.
+    """
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, (SMPConv1d, SMPConv2d))]
+    if not layers:
+        return None
+    chosen = layers[:1] if len(layers) == 1 else [layers[0], layers[-1]]
+    draw: Callable[[Any, str, Any], None] = _draw_sequence if isinstance(layers[0][1], SMPConv1d) else _draw_image
+    figure = _new_figure((6.6 * len(chosen), 9.0))
+    figure.suptitle(title)
+    with torch.inference_mode():
+        for part, (name, layer) in zip(figure.subfigures(1, len(chosen), squeeze=False)[0], chosen, strict=True):
+            draw(part, name, layer)
+    return _png(figure)
+
+
+def confusion_figure(confusion: Sequence[Sequence[int]], title: str) -> bytes:
+    """Confusion matrix: true classes down, predicted ones across, every count written where it is not zero.
+
+    Mistakes alone are coloured: beside them the diagonal would drown everything.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to get it.
+    """
+    counts = torch.tensor(confusion)
+    mistakes = counts.clone().fill_diagonal_(0)
+    size = len(confusion)
+    figure = _new_figure((6.0, 5.4))
+    figure.suptitle(title)
+    axes = figure.subplots()
+    most = max(1, int(mistakes.max()))
+    image = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=most)
+    for true, predicted in counts.nonzero().tolist():
+        right = true == predicted
+        dark = int(mistakes[true, predicted]) > 0.6 * most
+        axes.text(
+            predicted, true, str(int(counts[true, predicted])), ha="center", va="center", fontsize=10,
+            color="white" if dark else LEARNED if right else "black", fontweight="bold" if right else "normal",
+        )
+    axes.set(xlabel="predicted class", ylabel="true class", xticks=range(size), yticks=range(size))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    bar = figure.colorbar(image, ax=axes, label="mistakes (samples)", shrink=0.85)
+    bar.locator = _matplotlib("ticker").MaxNLocator(integer=True)
+    bar.update_ticks()
+    return _png(figure)
+
+
+def _draw_sequence(part: Any, name: str, layer: SMPConv1d) -> None:
+    """Kernel, points and histogram of positions over one axis of time, the current sample at the right."""
+    kernel = layer.kernel().cpu()
+    last = layer.kernel_size[0] - 1
+    # Coordinate +1 is the current sample, -1 the oldest: a lag of `last` samples.
+    lag = ((1 - layer.coords[..., 0]) / 2 * last).expand(layer.out_channels, layer.n_points).cpu()
+    inside = lag[(lag >= 0) & (lag <= last)]
+    reach = min(last, _round_up(float(inside.quantile(0.995)) if len(inside) else last))
+    hidden = int(((lag < -0.5) | (lag > reach + 0.5)).sum())
+    part.suptitle(f"{_place(name)}, {layer.in_channels} to {layer.out_channels} channels", fontsize=12)
+    heat, points, histogram = part.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 1.6]})
+
+    strongest = int(kernel.square().sum(dim=(0, 2)).argmax())
+    values = kernel[:, strongest].flip(-1)[:, : reach + 1]
+    limit = float(values.abs().quantile(0.998)) or float(values.abs().max()) or 1.0
+    image = heat.pcolormesh(values, cmap="RdBu_r", vmin=-limit, vmax=limit, rasterized=True)
+    image.set_array(values)
+    heat.set_title("Kernel" if layer.in_channels == 1 else f"Kernel seen by input channel {strongest}, the strongest")
+    heat.set_ylabel("output channel")
+    part.colorbar(image, ax=heat, label="weight", pad=0.02, extend="both")
+
+    norm = layer.weight.norm(dim=1).cpu()
+    order = norm.flatten().argsort()
+    channel = torch.arange(layer.out_channels)[:, None].expand_as(lag)
+    scatter = points.scatter(
+        lag.flatten()[order], channel.flatten()[order], c=norm.flatten()[order], s=14, cmap="viridis_r", linewidths=0
+    )
+    outside = f" ({hidden} of {lag.numel()} lie outside the picture)" if hidden else ""
+    points.set_title(f"Points{outside}")
+    points.set(ylabel="output channel", ylim=(-1, layer.out_channels))
+    part.colorbar(scatter, ax=points, label="norm of value", pad=0.02)
+
+    histogram.hist(inside.numpy(), bins=60, range=(0, reach), color=LEARNED, label="learned")
+    _add_initial_density(histogram, layer, reach, lag.numel() * reach / 60)
+    histogram.set(ylabel="points", xlabel="samples before the current one", xlim=(reach + 0.5, -0.5))
+    histogram.legend(frameon=False, loc="upper left")
+
+
+def _add_initial_density(axes: Any, layer: SMPConv1d, reach: int, scale: float) -> None:
+    """Where the points began: half a normal distribution, by construction (``reset_parameters``)."""
+    spread = layer.coord_std * (layer.kernel_size[0] - 1)
+    lags = torch.linspace(0, reach, 200)
+    density = math.sqrt(2 / math.pi) / spread * torch.exp(-0.5 * (lags / spread).square())
+    axes.plot(lags, density * scale, color=INITIAL, linewidth=1.8, label="before training")
+
+
+def _draw_image(part: Any, name: str, layer: SMPConv2d) -> None:
+    """The eight strongest kernels of a 2-D layer, each with its points."""
+    kernel = layer.kernel().flatten(0, 1).cpu()
+    height, width = layer.kernel_size
+    part.suptitle(f"{_place(name)}, {layer.in_channels} to {layer.out_channels} channels", fontsize=12)
+    strongest = kernel.square().sum(dim=(1, 2)).argsort(descending=True)[:8]
+    coords = layer.coords.expand(layer.out_channels, layer.n_points, 2).cpu()
+    for axes, index in zip(part.subplots(4, 2).flat, strongest.tolist(), strict=False):
+        out, within = divmod(index, layer.weight.shape[1])
+        limit = float(kernel[index].abs().max()) or 1.0
+        extent = (-width / 2, width / 2, -height / 2, height / 2)
+        axes.imshow(kernel[index], cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+        x, y = coords[out, :, 0] * (width - 1) / 2, coords[out, :, 1] * (height - 1) / 2
+        axes.scatter(x, y, s=5, color="black", linewidths=0, alpha=0.6)
+        axes.set(xlim=extent[:2], ylim=extent[2:])
+        axes.set_title(f"output {out}" if layer.depthwise else f"output {out}, input {within}", fontsize=9)
+        axes.tick_params(labelsize=8)
+    part.supxlabel("taps to the right of the centre", fontsize=10)
+    part.supylabel("taps above the centre", fontsize=10)
+
+
+def _place(name: str) -> str:
+    """Where a layer is, for a reader: ``blocks.0.conv1.large.conv`` is "blocks.0.conv1"."""
+    return name.removesuffix(".large.conv")
+
+
+def _round_up(value: float) -> int:
+    """The next round number of samples."""
+    step = 10 if value > 50 else 5
+    return max(step, math.ceil(value / step) * step)
+
+
+def _matplotlib(module: str) -> Any:
+    """A module of matplotlib.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    import importlib
+
+    try:
+        return importlib.import_module(f"matplotlib.{module}")
+    except ModuleNotFoundError as error:
+        raise ImportError('The pictures of the report need matplotlib: pip install "smpconv-zoo[report]"') from error
+
+
+def _new_figure(size: tuple[float, float]) -> Any:
+    return _matplotlib("figure").Figure(figsize=size, layout="constrained")
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()
