@@ -1,11 +1,12 @@
 """Pictures of what a network learned: its kernels, the points they are made of, and its confusions.
 
-matplotlib is imported when a picture is drawn, never before, and through its object interface: no window, no global
-state.
+matplotlib is imported when a picture is drawn, never before, and used through its object interface: no window opens and
+no setting of the caller's changes.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 from collections.abc import Callable, Sequence
@@ -47,13 +48,16 @@ def kernel_figure(model: nn.Module, title: str) -> bytes | None:
     if not layers:
         return None
     chosen = layers[:1] if len(layers) == 1 else [layers[0], layers[-1]]
-    draw: Callable[[Any, str, Any], None] = _draw_sequence if isinstance(layers[0][1], SMPConv1d) else _draw_image
-    figure = _new_figure((6.6 * len(chosen), 9.0))
-    figure.suptitle(title)
-    with torch.inference_mode():
+    sequence = isinstance(layers[0][1], SMPConv1d)
+    draw: Callable[[Any, Any], None] = _draw_sequence if sequence else _draw_image
+    with _matplotlib().rc_context(STYLE), torch.inference_mode():
+        figure = _new_figure((6.6 * len(chosen), 9.0 if sequence else 7.6), title)
         for part, (name, layer) in zip(figure.subfigures(1, len(chosen), squeeze=False)[0], chosen, strict=True):
-            draw(part, name, layer)
-    return _png(figure)
+            # The pair's own place says enough: blocks.0.conv1.large.conv is the large kernel of blocks.0.conv1.
+            place = name.removesuffix(".large.conv")
+            part.suptitle(f"{place}: {layer.in_channels} to {layer.out_channels} channels", fontsize=12)
+            draw(part, layer)
+        return _png(figure)
 
 
 def confusion_figure(confusion: Sequence[Sequence[int]], title: str) -> bytes:
@@ -70,28 +74,27 @@ def confusion_figure(confusion: Sequence[Sequence[int]], title: str) -> bytes:
     counts = torch.tensor(confusion)
     mistakes = counts.clone().fill_diagonal_(0)
     size = len(confusion)
-    figure = _new_figure((6.0, 5.4))
-    figure.suptitle(title)
-    axes = figure.subplots()
     most = max(1, int(mistakes.max()))
-    image = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=most)
-    for true, predicted in counts.nonzero().tolist():
-        right = true == predicted
-        dark = int(mistakes[true, predicted]) > 0.6 * most
-        axes.text(
-            predicted, true, str(int(counts[true, predicted])), ha="center", va="center", fontsize=10,
-            color="white" if dark else LEARNED if right else "black", fontweight="bold" if right else "normal",
-        )
-    axes.set(xlabel="predicted class", ylabel="true class", xticks=range(size), yticks=range(size))
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
-    bar = figure.colorbar(image, ax=axes, label="mistakes (samples)", shrink=0.85)
-    bar.locator = _matplotlib("ticker").MaxNLocator(integer=True)
-    bar.update_ticks()
-    return _png(figure)
+    with _matplotlib().rc_context(STYLE):
+        figure = _new_figure((6.2, 5.6), title)
+        axes = figure.subplots()
+        image = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=most)
+        for true, predicted in counts.nonzero().tolist():
+            right = true == predicted
+            strong = int(mistakes[true, predicted]) > 0.6 * most
+            axes.text(
+                predicted, true, str(int(counts[true, predicted])), ha="center", va="center",
+                color="white" if strong else LEARNED if right else "black", fontweight="bold" if right else "normal",
+            )
+        axes.set(xlabel="predicted class", ylabel="true class", xticks=range(size), yticks=range(size))
+        axes.spines[:].set_visible(False)
+        axes.tick_params(length=0)
+        integers = _matplotlib("ticker").MaxNLocator(integer=True)
+        figure.colorbar(image, ax=axes, label="mistakes (samples)", shrink=0.85, ticks=integers)
+        return _png(figure)
 
 
-def _draw_sequence(part: Any, name: str, layer: SMPConv1d) -> None:
+def _draw_sequence(part: Any, layer: SMPConv1d) -> None:
     """Kernel, points and histogram of positions over one axis of time, the current sample at the right."""
     kernel = layer.kernel().cpu()
     last = layer.kernel_size[0] - 1
@@ -100,14 +103,16 @@ def _draw_sequence(part: Any, name: str, layer: SMPConv1d) -> None:
     inside = lag[(lag >= 0) & (lag <= last)]
     reach = min(last, _round_up(float(inside.quantile(0.995)) if len(inside) else last))
     hidden = int(((lag < -0.5) | (lag > reach + 0.5)).sum())
-    part.suptitle(f"{_place(name)}, {layer.in_channels} to {layer.out_channels} channels", fontsize=12)
     heat, points, histogram = part.subplots(3, 1, sharex=True, gridspec_kw={"height_ratios": [3, 3, 1.6]})
 
     strongest = int(kernel.square().sum(dim=(0, 2)).argmax())
     values = kernel[:, strongest].flip(-1)[:, : reach + 1]
     limit = float(values.abs().quantile(0.998)) or float(values.abs().max()) or 1.0
-    image = heat.pcolormesh(values, cmap="RdBu_r", vmin=-limit, vmax=limit, rasterized=True)
-    image.set_array(values)
+    extent = (-0.5, reach + 0.5, -0.5, layer.out_channels - 0.5)
+    image = heat.imshow(
+        values, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, origin="lower", aspect="auto",
+        interpolation="nearest",
+    )
     heat.set_title("Kernel" if layer.in_channels == 1 else f"Kernel seen by input channel {strongest}, the strongest")
     heat.set_ylabel("output channel")
     part.colorbar(image, ax=heat, label="weight", pad=0.02, extend="both")
@@ -116,11 +121,11 @@ def _draw_sequence(part: Any, name: str, layer: SMPConv1d) -> None:
     order = norm.flatten().argsort()
     channel = torch.arange(layer.out_channels)[:, None].expand_as(lag)
     scatter = points.scatter(
-        lag.flatten()[order], channel.flatten()[order], c=norm.flatten()[order], s=14, cmap="viridis_r", linewidths=0
+        lag.flatten()[order], channel.flatten()[order], c=norm.flatten()[order], s=16, cmap=_visible_blues(), linewidths=0
     )
     outside = f" ({hidden} of {lag.numel()} lie outside the picture)" if hidden else ""
     points.set_title(f"Points{outside}")
-    points.set(ylabel="output channel", ylim=(-1, layer.out_channels))
+    points.set(ylabel="output channel", ylim=(-0.5, layer.out_channels - 0.5))
     part.colorbar(scatter, ax=points, label="norm of value", pad=0.02)
 
     histogram.hist(inside.numpy(), bins=60, range=(0, reach), color=LEARNED, label="learned")
@@ -137,30 +142,30 @@ def _add_initial_density(axes: Any, layer: SMPConv1d, reach: int, scale: float) 
     axes.plot(lags, density * scale, color=INITIAL, linewidth=1.8, label="before training")
 
 
-def _draw_image(part: Any, name: str, layer: SMPConv2d) -> None:
-    """The eight strongest kernels of a 2-D layer, each with its points."""
+def _draw_image(part: Any, layer: SMPConv2d) -> None:
+    """The nine strongest kernels of a 2-D layer, each with its points, as far as any of them reaches."""
     kernel = layer.kernel().flatten(0, 1).cpu()
-    height, width = layer.kernel_size
-    part.suptitle(f"{_place(name)}, {layer.in_channels} to {layer.out_channels} channels", fontsize=12)
-    strongest = kernel.square().sum(dim=(1, 2)).argsort(descending=True)[:8]
+    strongest = kernel.square().sum(dim=(1, 2)).argsort(descending=True)[:9]
+    rows, columns = (size // 2 for size in layer.kernel_size)
+    touched = (kernel[strongest] != 0).any(dim=0).nonzero() - torch.tensor([rows, columns])
+    reach = min(max(rows, columns), int(touched.abs().max()) + 1) if len(touched) else max(rows, columns)
     coords = layer.coords.expand(layer.out_channels, layer.n_points, 2).cpu()
-    for axes, index in zip(part.subplots(4, 2).flat, strongest.tolist(), strict=False):
+    limit = float(kernel[strongest].abs().max()) or 1.0
+    grid = part.subplots(3, 3, sharex=True, sharey=True)
+    for axes, index in zip(grid.flat, strongest.tolist(), strict=False):
         out, within = divmod(index, layer.weight.shape[1])
-        limit = float(kernel[index].abs().max()) or 1.0
-        extent = (-width / 2, width / 2, -height / 2, height / 2)
-        axes.imshow(kernel[index], cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
-        x, y = coords[out, :, 0] * (width - 1) / 2, coords[out, :, 1] * (height - 1) / 2
-        axes.scatter(x, y, s=5, color="black", linewidths=0, alpha=0.6)
-        axes.set(xlim=extent[:2], ylim=extent[2:])
-        axes.set_title(f"output {out}" if layer.depthwise else f"output {out}, input {within}", fontsize=9)
-        axes.tick_params(labelsize=8)
+        extent = (-columns - 0.5, columns + 0.5, -rows - 0.5, rows + 0.5)
+        image = axes.imshow(kernel[index], cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+        axes.scatter(coords[out, :, 0] * columns, coords[out, :, 1] * rows, s=7, color="black", linewidths=0, alpha=0.6)
+        axes.set(xlim=(-reach - 0.5, reach + 0.5), ylim=(-reach - 0.5, reach + 0.5))
+        axes.set_title(f"channel {out}" if layer.depthwise else f"from channel {within} to {out}", fontsize=10)
+    grid[0, 0].xaxis.set_major_locator(_matplotlib("ticker").MaxNLocator(4, integer=True))
+    grid[0, 0].yaxis.set_major_locator(_matplotlib("ticker").MaxNLocator(4, integer=True))
+    for axes in grid.flat[len(strongest) :]:
+        axes.set_axis_off()
+    part.colorbar(image, ax=grid, label="weight; the dots are the points", shrink=0.7, pad=0.02)
     part.supxlabel("taps to the right of the centre", fontsize=10)
     part.supylabel("taps above the centre", fontsize=10)
-
-
-def _place(name: str) -> str:
-    """Where a layer is, for a reader: ``blocks.0.conv1.large.conv`` is "blocks.0.conv1"."""
-    return name.removesuffix(".large.conv")
 
 
 def _round_up(value: float) -> int:
@@ -169,22 +174,28 @@ def _round_up(value: float) -> int:
     return max(step, math.ceil(value / step) * step)
 
 
-def _matplotlib(module: str) -> Any:
-    """A module of matplotlib.
+def _matplotlib(module: str = "") -> Any:
+    """matplotlib, or a module of it.
 
     Raises:
         ImportError: It is not installed.
     """
-    import importlib
-
     try:
-        return importlib.import_module(f"matplotlib.{module}")
+        return importlib.import_module(f"matplotlib.{module}" if module else "matplotlib")
     except ModuleNotFoundError as error:
         raise ImportError('The pictures of the report need matplotlib: pip install "smpconv-zoo[report]"') from error
 
 
-def _new_figure(size: tuple[float, float]) -> Any:
-    return _matplotlib("figure").Figure(figsize=size, layout="constrained")
+def _visible_blues() -> Any:
+    """A colour map from light to dark whose light end can still be seen on white."""
+    colours = _matplotlib().colormaps["YlGnBu"](torch.linspace(0.3, 1, 256).numpy())
+    return _matplotlib("colors").ListedColormap(colours)
+
+
+def _new_figure(size: tuple[float, float], title: str) -> Any:
+    figure = _matplotlib("figure").Figure(figsize=size, layout="constrained")
+    figure.suptitle(title)
+    return figure
 
 
 def _png(figure: Any) -> bytes:
