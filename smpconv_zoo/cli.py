@@ -24,6 +24,7 @@ from smpconv_zoo._version import __version__
 from smpconv_zoo.catalogue import NetworkFacts, list_networks, look_up, match_checkpoints, where_weights_come_from
 from smpconv_zoo.checkpoints import convert_file
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
+from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
 from smpconv_zoo.pretrained.store import CheckpointError
@@ -32,6 +33,9 @@ __all__ = ["app", "main"]
 
 # What the package says in one sentence; anything else is a fault of ours and keeps its traceback.
 EXPECTED_ERRORS = (ValueError, CheckpointError, OSError, ImportError)
+
+CHECKPOINTS = ("checkpoint", "parameters", "status", "data", "paper top-1", "measured top-1")
+NETWORKS = ("network", "parameters", "family", "input", "classes")
 
 app = typer.Typer(
     name="smpconv-zoo",
@@ -51,20 +55,25 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's
 def main() -> None:
     """Run the command line; failures that the package expects become one sentence on stderr and exit status 1."""
     try:
-        app()
+        app(prog_name="smpconv-zoo")
     except EXPECTED_ERRORS as error:
         typer.echo(f"smpconv-zoo: {_sentence(error)}", err=True)
         sys.exit(1)
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and stop.")] = False,
-) -> None:
-    """SMPConv networks: what there is, converting, evaluating."""
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"smpconv-zoo {__version__}")
         raise typer.Exit
+
+
+@app.callback(epilog="Example: `smpconv-zoo demo`, or `smpconv-zoo COMMAND --help` for an example of any command")
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """SMPConv networks: what there is, converting, evaluating."""
 
 
 @app.command("list", epilog="Example: `smpconv-zoo list --json`")
@@ -75,10 +84,8 @@ def list_(as_json: Json = False) -> None:
     if as_json:
         _print_json({"checkpoints": [_plain(card) for card in cards], "networks": [_plain(n) for n in networks]})
         return
-    header = ("checkpoint", "parameters", "status", "data", "paper top-1", "measured top-1")
-    _print_table(header, [_checkpoint_row(card) for card in cards], numbers=(1, 4, 5))
-    header = ("network", "parameters", "family", "input", "classes")
-    _print_table(header, [_network_row(network) for network in networks], numbers=(1, 4))
+    _print_table(CHECKPOINTS, [_checkpoint_row(card) for card in cards], numbers=(1, 4, 5))
+    _print_table(NETWORKS, [_network_row(network) for network in networks], numbers=(1, 4))
 
 
 @app.command(epilog="Example: `smpconv-zoo info smpconv_tcn_mnist.smnist5k`")
@@ -146,6 +153,7 @@ def demo(
     threads: Threads = None,
 ) -> None:
     """Evaluate every checkpoint that ships with the package and write a report with pictures."""
+    require_matplotlib()
     results = _evaluate(match_checkpoints(["*"]), batch_size, device, threads)
     report = write_report(results, out)
     _print_results(results)
@@ -196,6 +204,8 @@ def _network_row(network: NetworkFacts) -> tuple[str, ...]:
 
 
 def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> None:
+    if not rows:
+        return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for i, title in enumerate(header):
         table.add_column(title, justify="right" if i in numbers else "left", no_wrap=True)

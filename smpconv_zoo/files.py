@@ -26,7 +26,10 @@ def write_whole(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             aside.unlink()
+        if isinstance(error, OSError):
+            # The reader asked for `path` and should not hear of the file beside it.
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from smpconv_zoo.layers import SMPConv1d, SMPConv2d
 
-__all__ = ["confusion_figure", "kernel_figure"]
+__all__ = ["confusion_figure", "kernel_figure", "require_matplotlib"]
 
 STYLE = {
     "font.size": 10,
@@ -50,7 +50,7 @@ def kernel_figure(model: nn.Module, title: str) -> bytes | None:
     chosen = layers[:1] if len(layers) == 1 else [layers[0], layers[-1]]
     sequence = isinstance(layers[0][1], SMPConv1d)
     draw: Callable[[Any, Any], None] = _draw_sequence if sequence else _draw_image
-    with _matplotlib().rc_context(STYLE), torch.inference_mode():
+    with require_matplotlib().rc_context(STYLE), torch.inference_mode():
         figure = _new_figure((6.6 * len(chosen), 9.0 if sequence else 7.6), title)
         for part, (name, layer) in zip(figure.subfigures(1, len(chosen), squeeze=False)[0], chosen, strict=True):
             # The pair's own place says enough: blocks.0.conv1.large.conv is the large kernel of blocks.0.conv1.
@@ -75,7 +75,7 @@ def confusion_figure(confusion: Sequence[Sequence[int]], title: str) -> bytes:
     mistakes = counts.clone().fill_diagonal_(0)
     size = len(confusion)
     most = max(1, int(mistakes.max()))
-    with _matplotlib().rc_context(STYLE):
+    with require_matplotlib().rc_context(STYLE):
         figure = _new_figure((6.2, 5.6), title)
         axes = figure.subplots()
         image = axes.imshow(mistakes, cmap="Reds", vmin=0, vmax=most)
@@ -89,7 +89,7 @@ def confusion_figure(confusion: Sequence[Sequence[int]], title: str) -> bytes:
         axes.set(xlabel="predicted class", ylabel="true class", xticks=range(size), yticks=range(size))
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0)
-        integers = _matplotlib("ticker").MaxNLocator(integer=True)
+        integers = require_matplotlib("ticker").MaxNLocator(integer=True)
         figure.colorbar(image, ax=axes, label="mistakes (samples)", shrink=0.85, ticks=integers)
         return _png(figure)
 
@@ -120,9 +120,8 @@ def _draw_sequence(part: Any, layer: SMPConv1d) -> None:
     norm = layer.weight.norm(dim=1).cpu()
     order = norm.flatten().argsort()
     channel = torch.arange(layer.out_channels)[:, None].expand_as(lag)
-    scatter = points.scatter(
-        lag.flatten()[order], channel.flatten()[order], c=norm.flatten()[order], s=16, cmap=_visible_blues(), linewidths=0
-    )
+    x, y, strength = (values.flatten()[order] for values in (lag, channel, norm))
+    scatter = points.scatter(x, y, c=strength, s=16, cmap=_visible_blues(), linewidths=0)
     outside = f" ({hidden} of {lag.numel()} lie outside the picture)" if hidden else ""
     points.set_title(f"Points{outside}")
     points.set(ylabel="output channel", ylim=(-0.5, layer.out_channels - 0.5))
@@ -159,8 +158,8 @@ def _draw_image(part: Any, layer: SMPConv2d) -> None:
         axes.scatter(coords[out, :, 0] * columns, coords[out, :, 1] * rows, s=7, color="black", linewidths=0, alpha=0.6)
         axes.set(xlim=(-reach - 0.5, reach + 0.5), ylim=(-reach - 0.5, reach + 0.5))
         axes.set_title(f"channel {out}" if layer.depthwise else f"from channel {within} to {out}", fontsize=10)
-    grid[0, 0].xaxis.set_major_locator(_matplotlib("ticker").MaxNLocator(4, integer=True))
-    grid[0, 0].yaxis.set_major_locator(_matplotlib("ticker").MaxNLocator(4, integer=True))
+    grid[0, 0].xaxis.set_major_locator(require_matplotlib("ticker").MaxNLocator(4, integer=True))
+    grid[0, 0].yaxis.set_major_locator(require_matplotlib("ticker").MaxNLocator(4, integer=True))
     for axes in grid.flat[len(strongest) :]:
         axes.set_axis_off()
     part.colorbar(image, ax=grid, label="weight; the dots are the points", shrink=0.7, pad=0.02)
@@ -174,7 +173,7 @@ def _round_up(value: float) -> int:
     return max(step, math.ceil(value / step) * step)
 
 
-def _matplotlib(module: str = "") -> Any:
+def require_matplotlib(module: str = "") -> Any:
     """matplotlib, or a module of it.
 
     Raises:
@@ -188,12 +187,12 @@ def _matplotlib(module: str = "") -> Any:
 
 def _visible_blues() -> Any:
     """A colour map from light to dark whose light end can still be seen on white."""
-    colours = _matplotlib().colormaps["YlGnBu"](torch.linspace(0.3, 1, 256).numpy())
-    return _matplotlib("colors").ListedColormap(colours)
+    colours = require_matplotlib().colormaps["YlGnBu"](torch.linspace(0.3, 1, 256).numpy())
+    return require_matplotlib("colors").ListedColormap(colours)
 
 
 def _new_figure(size: tuple[float, float], title: str) -> Any:
-    figure = _matplotlib("figure").Figure(figsize=size, layout="constrained")
+    figure = require_matplotlib("figure").Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
     return figure
 
