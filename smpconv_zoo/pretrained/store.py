@@ -7,6 +7,8 @@ import dataclasses
 import hashlib
 import json
 import pickle
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -136,14 +138,24 @@ def read_weights(path: str | Path) -> StoredWeights:
         return StoredWeights(read_safetensors(path)[0], "safetensors", None)
     _check_file(path)
     try:
-        with torch.serialization.safe_globals(_reference_globals()):
+        with torch.serialization.safe_globals(_reference_globals()), warnings.catch_warnings():
+            # torch warns of pickles that it did not write; whether this one can be read is the answer.
+            warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
+        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {_refusal(error)}") from error
     entry, state_dict = _find_state_dict(content, path)
     _refuse_non_finite(state_dict, path)
     return StoredWeights(state_dict, "pickle", entry)
+
+
+def _refusal(error: Exception) -> str:
+    """Why torch would not read a pickle. Its own text runs over lines and recommends to read the file unsafely."""
+    if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it asks for {asked[1]}, which no file of weights needs"
+    if "zip archive" in str(error):
+        return "it is truncated or damaged"
+    return "it is not a file of weights that PyTorch wrote, or it is damaged"
 
 
 def _reference_globals() -> list[Any]:
