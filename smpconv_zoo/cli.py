@@ -121,7 +121,7 @@ def convert(
         _print_json(_plain(done))
         return
     kind = "averaged weights" if done.averaged else "weights as trained, not averaged"
-    place = f" from {done.entry!r}" if done.entry else ""
+    place = f", from {done.entry!r}" if done.entry else ""
     typer.echo(f"read    {done.source} ({done.format}): {kind}{place}")
     typer.echo(f"holds   {done.tensors} tensors, {done.parameters:,} parameters of {done.network}")
     typer.echo(f"wrote   {done.out}")

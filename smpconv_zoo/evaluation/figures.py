@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -72,7 +73,7 @@ def confusion_figure(confusion: Sequence[Sequence[int]], title: str) -> bytes:
         ImportError: matplotlib is not installed; the message says how to get it.
     """
     counts = torch.tensor(confusion)
-    mistakes = counts.clone().fill_diagonal_(0)
+    mistakes = counts.clone().fill_diagonal_(0).numpy()
     size = len(confusion)
     most = max(1, int(mistakes.max()))
     with require_matplotlib().rc_context(STYLE):
@@ -110,7 +111,7 @@ def _draw_sequence(part: Any, layer: SMPConv1d) -> None:
     limit = float(values.abs().quantile(0.998)) or float(values.abs().max()) or 1.0
     extent = (-0.5, reach + 0.5, -0.5, layer.out_channels - 0.5)
     image = heat.imshow(
-        values, cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, origin="lower", aspect="auto",
+        values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, origin="lower", aspect="auto",
         interpolation="nearest",
     )
     heat.set_title("Kernel" if layer.in_channels == 1 else f"Kernel seen by input channel {strongest}, the strongest")
@@ -120,7 +121,7 @@ def _draw_sequence(part: Any, layer: SMPConv1d) -> None:
     norm = layer.weight.norm(dim=1).cpu()
     order = norm.flatten().argsort()
     channel = torch.arange(layer.out_channels)[:, None].expand_as(lag)
-    x, y, strength = (values.flatten()[order] for values in (lag, channel, norm))
+    x, y, strength = (values.flatten()[order].numpy() for values in (lag, channel, norm))
     scatter = points.scatter(x, y, c=strength, s=16, cmap=_visible_blues(), linewidths=0)
     outside = f" ({hidden} of {lag.numel()} lie outside the picture)" if hidden else ""
     points.set_title(f"Points{outside}")
@@ -136,8 +137,8 @@ def _draw_sequence(part: Any, layer: SMPConv1d) -> None:
 def _add_initial_density(axes: Any, layer: SMPConv1d, reach: int, scale: float) -> None:
     """Where the points began: half a normal distribution, by construction (``reset_parameters``)."""
     spread = layer.coord_std * (layer.kernel_size[0] - 1)
-    lags = torch.linspace(0, reach, 200)
-    density = math.sqrt(2 / math.pi) / spread * torch.exp(-0.5 * (lags / spread).square())
+    lags = np.linspace(0, reach, 200)
+    density = math.sqrt(2 / math.pi) / spread * np.exp(-0.5 * (lags / spread) ** 2)
     axes.plot(lags, density * scale, color=INITIAL, linewidth=1.8, label="before training")
 
 
@@ -148,13 +149,13 @@ def _draw_image(part: Any, layer: SMPConv2d) -> None:
     rows, columns = (size // 2 for size in layer.kernel_size)
     touched = (kernel[strongest] != 0).any(dim=0).nonzero() - torch.tensor([rows, columns])
     reach = min(max(rows, columns), int(touched.abs().max()) + 1) if len(touched) else max(rows, columns)
-    coords = layer.coords.expand(layer.out_channels, layer.n_points, 2).cpu()
+    coords = layer.coords.expand(layer.out_channels, layer.n_points, 2).cpu().numpy()
     limit = float(kernel[strongest].abs().max()) or 1.0
     grid = part.subplots(3, 3, sharex=True, sharey=True)
     for axes, index in zip(grid.flat, strongest.tolist(), strict=False):
         out, within = divmod(index, layer.weight.shape[1])
         extent = (-columns - 0.5, columns + 0.5, -rows - 0.5, rows + 0.5)
-        image = axes.imshow(kernel[index], cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
+        image = axes.imshow(kernel[index].numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent)
         axes.scatter(coords[out, :, 0] * columns, coords[out, :, 1] * rows, s=7, color="black", linewidths=0, alpha=0.6)
         axes.set(xlim=(-reach - 0.5, reach + 0.5), ylim=(-reach - 0.5, reach + 0.5))
         axes.set_title(f"channel {out}" if layer.depthwise else f"from channel {within} to {out}", fontsize=10)
@@ -187,7 +188,7 @@ def require_matplotlib(module: str = "") -> Any:
 
 def _visible_blues() -> Any:
     """A colour map from light to dark whose light end can still be seen on white."""
-    colours = require_matplotlib().colormaps["YlGnBu"](torch.linspace(0.3, 1, 256).numpy())
+    colours = require_matplotlib().colormaps["YlGnBu"](np.linspace(0.3, 1, 256))
     return require_matplotlib("colors").ListedColormap(colours)
 
 
