@@ -17,6 +17,7 @@ from smpconv_zoo.data.mnist5k import mnist5k_sequences
 from smpconv_zoo.evaluation import evaluate_checkpoint, top1
 from smpconv_zoo.evaluation.classification import predict
 from smpconv_zoo.evaluation.figures import confusion_figure, kernel_figure
+from smpconv_zoo.evaluation.report import write_report
 from smpconv_zoo.pretrained.store import sha256_of
 
 NETWORK = "smpconv_tcn_mnist"
@@ -177,3 +178,14 @@ def test_points_that_left_the_kernel_and_dead_kernels_are_drawn() -> None:
 def test_networks_without_points_have_no_picture_and_perfect_confusions_have_one() -> None:
     assert kernel_figure(torch.nn.Linear(2, 2), "nothing") is None
     assert confusion_figure([[5, 0], [0, 5]], "perfect").startswith(PNG)
+
+
+def test_a_report_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(OSError, match="file"):
+        write_report([], tmp_path / "file")
+    (tmp_path / "report" / "report.md").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"report\.md"):
+        write_report([], tmp_path / "report")
+    assert (tmp_path / "file").read_text() == "precious"
+    assert [path.name for path in (tmp_path / "report").iterdir()] == ["report.md"]
