@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,38 @@ import timm
 from torch import Tensor, nn
 
 import smpconv_zoo.models  # noqa: F401  (registers the networks)
+from smpconv_zoo.files import write_whole
 from smpconv_zoo.models.build import create_on_meta, match_state_dict
-from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint, sha256_of
+from smpconv_zoo.pretrained.store import CheckpointError, StoredWeights, read_weights, sha256_of
 
-__all__ = ["convert_checkpoint", "create_model", "network_names", "write_safetensors"]
+__all__ = [
+    "Conversion",
+    "convert_checkpoint",
+    "convert_file",
+    "create_model",
+    "network_names",
+    "write_safetensors",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert_file` read and wrote.
+
+    ``format``, ``entry`` and ``averaged`` say which weights of the source were read, see
+    :class:`~smpconv_zoo.pretrained.store.StoredWeights`; ``tensors`` and ``parameters`` count what was written (buffers
+    are tensors, not parameters); ``sha256`` is the hex digest of the file written.
+    """
+
+    source: str
+    format: str
+    entry: str | None
+    averaged: bool
+    network: str
+    tensors: int
+    parameters: int
+    out: str
+    sha256: str
 
 
 def network_names() -> list[str]:
@@ -72,30 +100,75 @@ def convert_checkpoint(path: str | os.PathLike[str], model_name: str, **kwargs: 
         ValueError: No such network.
         CheckpointError: A file that cannot be read safely, or keys that are missing, unexpected or mis-shaped.
     """
-    model = create_on_meta(check_network_name(model_name), **kwargs)
+    return _convert(Path(path), model_name, kwargs)[1]
+
+
+def convert_file(
+    path: str | os.PathLike[str],
+    model_name: str,
+    out: str | os.PathLike[str],
+    arguments: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Conversion:
+    """Convert a checkpoint of the authors' code to a safetensors file of ours.
+
+    The same weights always give the same bytes.
+
+    Args:
+        path: The ``.pth``, ``.pth.tar`` or ``.safetensors`` file.
+        model_name: Network it belongs to.
+        out: The ``.safetensors`` file to write.
+        arguments: Arguments of the network, where they differ from the entrypoint's.
+        overwrite: Whether ``out`` may exist.
+
+    Raises:
+        ValueError: No such network, arguments that it does not take, or another suffix than ``.safetensors``.
+        FileExistsError: ``out`` exists.
+        CheckpointError: A file that cannot be read safely, does not fit the network, or cannot be written.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"the output has to end in .safetensors, got {out}")
+    if os.path.lexists(out) and not overwrite:
+        raise FileExistsError(f"{out} exists and was left as it is; pass --force (overwrite=True) to replace it")
+    stored, tensors, parameters = _convert(Path(path), model_name, arguments or {})
+    return Conversion(
+        source=str(path),
+        format=stored.format,
+        entry=stored.entry,
+        averaged=stored.averaged,
+        network=model_name,
+        tensors=len(tensors),
+        parameters=parameters,
+        out=str(out),
+        sha256=write_safetensors(out, tensors),
+    )
+
+
+def _convert(path: Path, model_name: str, arguments: dict[str, Any]) -> tuple[StoredWeights, dict[str, Tensor], int]:
+    """What was read, the tensors under our names in the network's order, and the network's number of parameters."""
+    network = check_network_name(model_name)
+    try:
+        model: Any = create_on_meta(network, **arguments)
+    except TypeError as error:
+        raise ValueError(f"{network} cannot be built from the arguments {arguments}: {error}") from error
     # The classifier, too, has to fit: a conversion changes names, never sizes.
     model.pretrained_cfg = {**model.pretrained_cfg, "num_classes": model.num_classes, "first_conv": None}
-    converted = match_state_dict(read_checkpoint(Path(path)), model)
-    return {name: converted[name] for name in model.state_dict()}
+    stored = read_weights(path)
+    converted = match_state_dict(stored.tensors, model)
+    tensors = {name: converted[name] for name in model.state_dict()}
+    return stored, tensors, sum(p.numel() for p in model.parameters())
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
     """Write tensors under ``path``, whole or not at all, and return the sha256 of the file.
 
-    The bytes go to a file beside it, reach the disk, and take the final name last.
-
     Raises:
         CheckpointError: The folder does not exist or cannot be written.
     """
     data = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()}, metadata=metadata)
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(aside, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
+        write_whole(path, data)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
     return sha256_of(data)

@@ -126,7 +126,7 @@ def checkpoint_card(checkpoint_id: str) -> CheckpointCard:
     ids = list_checkpoints()
     if checkpoint_id not in ids:
         near = difflib.get_close_matches(checkpoint_id, ids, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(ids)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(ids) or 'none'}"
         raise CardError(f"no checkpoint is called {checkpoint_id!r}; {hint}")
     return load_card(weights_dir() / f"{checkpoint_id}.json")
 

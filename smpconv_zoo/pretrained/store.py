@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import pickle
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,41 @@ from torch import Tensor
 
 from smpconv_zoo.pretrained.cards import CheckpointCard, weights_dir
 
-__all__ = ["CheckpointError", "embedded_file", "load_embedded", "read_checkpoint", "read_safetensors", "sha256_of"]
+__all__ = [
+    "CheckpointError",
+    "StoredWeights",
+    "embedded_file",
+    "load_embedded",
+    "read_checkpoint",
+    "read_safetensors",
+    "read_weights",
+    "sha256_of",
+]
+
+
+AVERAGED = "state_dict_ema"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message says which file and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeights:
+    """A state dict and how it lay in its file.
+
+    ``format`` is ``"safetensors"`` or ``"pickle"``. ``entry`` is the key that the state dict was under, such as
+    ``"state_dict_ema"``, or None where the file holds nothing else.
+    """
+
+    tensors: dict[str, Tensor]
+    format: str
+    entry: str | None
+
+    @property
+    def averaged(self) -> bool:
+        """Whether these are the running average that training keeps beside the weights."""
+        return self.entry == AVERAGED
 
 
 def sha256_of(data: bytes) -> str:
@@ -73,7 +106,8 @@ def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, T
     data = _read_bytes(path)
     if sha256 is not None and sha256_of(data) != sha256:
         raise CheckpointError(
-            f"{path} is not the file its card declares: sha256 is {sha256_of(data)}, expected {sha256}; it was not loaded"
+            f"{path} is not the file its card declares: "
+            f"sha256 is {sha256_of(data)}, expected {sha256}; it was not loaded"
         )
     try:
         tensors = safetensors.torch.load(data)
@@ -85,7 +119,12 @@ def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, T
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint file, under the names it was saved with.
+    """The state dict inside a checkpoint file, under the names it was saved with; see :func:`read_weights`."""
+    return read_weights(path).tensors
+
+
+def read_weights(path: str | Path) -> StoredWeights:
+    """The state dict inside a checkpoint file, under the names it was saved with, and where in the file it was.
 
     Takes safetensors files and the two kinds of pickles that the authors' code writes, which are parsed without
     executing them (``weights_only``, with just the globals that those files hold). Averaged weights
@@ -96,17 +135,27 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """
     path = Path(path)
     if path.suffix == ".safetensors":
-        return read_safetensors(path)[0]
+        return StoredWeights(read_safetensors(path)[0], "safetensors", None)
     _check_file(path)
     try:
-        with torch.serialization.safe_globals(_reference_globals()):
+        with torch.serialization.safe_globals(_reference_globals()), warnings.catch_warnings():
+            # torch warns of pickles that it did not write; whether this one can be read is the answer.
+            warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {reason}") from error
-    state_dict = _find_state_dict(content, path)
+        raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {_refusal(error)}") from error
+    entry, state_dict = _find_state_dict(content, path)
     _refuse_non_finite(state_dict, path)
-    return state_dict
+    return StoredWeights(state_dict, "pickle", entry)
+
+
+def _refusal(error: Exception) -> str:
+    """Why torch would not read a pickle. Its own text runs over lines and recommends to read the file unsafely."""
+    if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return f"it asks for {asked[1]}, which no file of weights needs"
+    if "zip archive" in str(error):
+        return "it is truncated or damaged"
+    return "it is not a file of weights that PyTorch wrote, or it is damaged"
 
 
 def _reference_globals() -> list[Any]:
@@ -121,16 +170,19 @@ def _reference_globals() -> list[Any]:
     ]
 
 
-def _find_state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+def _find_state_dict(content: Any, path: Path) -> tuple[str | None, dict[str, Tensor]]:
+    entry = None
     if isinstance(content, dict):
-        for key in ("state_dict_ema", "state_dict", "model"):
+        for key in (AVERAGED, "state_dict", "model"):
             if isinstance(content.get(key), dict) and content[key]:
-                content = content[key]
+                entry, content = key, content[key]
                 break
     if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
         found = ", ".join(sorted(map(str, content))[:8]) if isinstance(content, dict) else type(content).__name__
-        raise CheckpointError(f"{path} holds no state dict: expected 'state_dict_ema', 'state_dict' or 'model', got {found}")
-    return {str(name): tensor for name, tensor in content.items()}
+        raise CheckpointError(
+            f"{path} holds no state dict: expected 'state_dict_ema', 'state_dict' or 'model', got {found}"
+        )
+    return entry, {str(name): tensor for name, tensor in content.items()}
 
 
 def _refuse_non_finite(tensors: dict[str, Tensor], path: Path) -> None:

@@ -1,0 +1,270 @@
+"""``smpconv-zoo``: parses, calls, prints. What the commands do is in the modules that they call.
+
+Answers go to stdout, progress and errors to stderr. Exit status: 0 done, 1 failed or a figure that differs, 2 wrong
+usage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from smpconv_zoo._version import __version__
+from smpconv_zoo.catalogue import NetworkFacts, list_networks, look_up, match_checkpoints, where_weights_come_from
+from smpconv_zoo.checkpoints import convert_file
+from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
+from smpconv_zoo.evaluation.figures import require_matplotlib
+from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
+from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
+from smpconv_zoo.pretrained.store import CheckpointError
+
+__all__ = ["app", "main"]
+
+# What the package says in one sentence; anything else is a fault of ours and keeps its traceback.
+EXPECTED_ERRORS = (ValueError, CheckpointError, OSError, ImportError)
+
+CHECKPOINTS = ("checkpoint", "parameters", "status", "data", "paper top-1", "measured top-1")
+NETWORKS = ("network", "parameters", "family", "input", "classes")
+
+app = typer.Typer(
+    name="smpconv-zoo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples at a time.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")]
+
+
+def main() -> None:
+    """Run the command line; failures that the package expects become one sentence on stderr and exit status 1."""
+    try:
+        app(prog_name="smpconv-zoo")
+    except EXPECTED_ERRORS as error:
+        typer.echo(f"smpconv-zoo: {_sentence(error)}", err=True)
+        sys.exit(1)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"smpconv-zoo {__version__}")
+        raise typer.Exit
+
+
+@app.callback(epilog="Example: `smpconv-zoo demo`, or `smpconv-zoo COMMAND --help` for an example of any command")
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """SMPConv networks: what there is, converting, evaluating."""
+
+
+@app.command("list", epilog="Example: `smpconv-zoo list --json`")
+def list_(as_json: Json = False) -> None:
+    """List all checkpoints and networks."""
+    cards = [checkpoint_card(name) for name in list_checkpoints()]
+    networks = list_networks()
+    if as_json:
+        _print_json({"checkpoints": [_plain(card) for card in cards], "networks": [_plain(n) for n in networks]})
+        return
+    _print_table(CHECKPOINTS, [_checkpoint_row(card) for card in cards], numbers=(1, 4, 5))
+    _print_table(NETWORKS, [_network_row(network) for network in networks], numbers=(1, 4))
+
+
+@app.command(epilog="Example: `smpconv-zoo info smpconv_tcn_mnist.smnist5k`")
+def info(
+    name: Annotated[str, typer.Argument(help="A network, or a checkpoint as `network.tag`.")],
+    as_json: Json = False,
+) -> None:
+    """Show what is known about a network or checkpoint."""
+    found = look_up(name)
+    if as_json:
+        _print_json(_plain(found))
+        return
+    facts = _plain(found)
+    if isinstance(found, CheckpointCard):
+        facts["weights"] = where_weights_come_from(found)
+        del facts["files"]
+    for line in _lines(facts):
+        typer.echo(line)
+
+
+@app.command(epilog="Example: `smpconv-zoo convert SMPConv_T.pth --model smpconv_t --out smpconv_t.safetensors`")
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="Checkpoint of the authors' code, .pth or .pth.tar.")],
+    model: Annotated[str, typer.Option(help="Network that it belongs to.")],
+    out: Annotated[Path, typer.Option(help="File to write, ending in .safetensors.")],
+    model_args: Annotated[str, typer.Option(metavar="JSON", help="Network arguments unlike the entrypoint's.")] = "{}",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Convert a checkpoint of the authors' code to safetensors, without executing anything in it."""
+    done = convert_file(checkpoint, model, out, _json_object(model_args, "--model-args"), overwrite=force)
+    if as_json:
+        _print_json(_plain(done))
+        return
+    kind = "averaged weights" if done.averaged else "weights as trained, not averaged"
+    place = f", from {done.entry!r}" if done.entry else ""
+    typer.echo(f"read    {done.source} ({done.format}): {kind}{place}")
+    typer.echo(f"holds   {done.tensors} tensors, {done.parameters:,} parameters of {done.network}")
+    typer.echo(f"wrote   {done.out}")
+    typer.echo(f"sha256  {done.sha256}")
+
+
+@app.command("eval", epilog="Example: `smpconv-zoo eval 'smpconv_tcn_mnist.*' --json`")
+def eval_(
+    ids: Annotated[list[str], typer.Argument(help="Checkpoints; wildcards such as 'smpconv_tcn*' are taken.")],
+    batch_size: BatchSize = 100,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Measure the top-1 accuracy of checkpoints and compare it with their cards; status 1 if one differs."""
+    results = _evaluate(match_checkpoints(ids), batch_size, device, threads)
+    if as_json:
+        _print_json([_plain(result) for result in results])
+    else:
+        _print_results(results)
+    _exit_on_difference(results)
+
+
+@app.command(epilog="Example: `smpconv-zoo demo --out demo`, then open `demo/index.html`")
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("demo"),
+    batch_size: BatchSize = 100,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Evaluate every checkpoint that ships with the package and write a report with pictures."""
+    require_matplotlib()
+    results = _evaluate(match_checkpoints(["*"]), batch_size, device, threads)
+    report = write_report(results, out)
+    _print_results(results)
+    typer.echo(f"report: {report}")
+    _exit_on_difference(results)
+
+
+def _evaluate(ids: Sequence[str], batch_size: int, device: str, threads: int | None) -> list[EvaluationResult]:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    results = []
+    for name in ids:
+        with _progress(name) as progress:
+            results.append(evaluate_checkpoint(name, batch_size=batch_size, device=device, progress=progress))
+    return results
+
+
+@contextlib.contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr while there is someone to see it; it leaves nothing behind."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _exit_on_difference(results: Sequence[EvaluationResult]) -> None:
+    differing = [result.id for result in results if result.agrees is False]
+    if differing:
+        typer.echo(f"smpconv-zoo: not equal to the card's figure: {', '.join(differing)}", err=True)
+        raise typer.Exit(1)
+
+
+def _print_results(results: Sequence[EvaluationResult]) -> None:
+    _print_table(HEADER, [table_row(result) for result in results], numbers=range(2, len(HEADER)))
+
+
+def _checkpoint_row(card: CheckpointCard) -> tuple[str, ...]:
+    paper = "-" if card.paper is None else f"{card.paper.top1:.2f}"
+    measured = "-" if card.measured is None else f"{card.measured.top1:.2f}"
+    return card.id, f"{card.parameters:,}", card.status, f"{card.data.name}, {card.data.input}", paper, measured
+
+
+def _network_row(network: NetworkFacts) -> tuple[str, ...]:
+    shape = " x ".join(map(str, network.input_shape))
+    return network.name, f"{network.parameters:,}", network.family, shape, str(network.num_classes)
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> None:
+    if not rows:
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for i, title in enumerate(header):
+        table.add_column(title, justify="right" if i in numbers else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # Ids and numbers are never cut or wrapped: a narrow terminal wraps whole lines itself, a pipe takes any width.
+    console = Console(width=200, markup=False, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    for line in capture.get().splitlines():
+        typer.echo(line.rstrip())
+    typer.echo()
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    return dataclasses.asdict(record)
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> Iterator[str]:
+    """Nested facts, one a line, keys in a column."""
+    width = max((len(key) for key in facts), default=0)
+    for key, value in facts.items():
+        if isinstance(value, dict) and value:
+            yield f"{indent}{key}"
+            yield from _lines(value, indent + "  ")
+        else:
+            yield f"{indent}{key:{width}}  {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None or value in ({}, (), []):
+        return "-"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    return str(value)
+
+
+def _json_object(text: str, option: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise typer.BadParameter(f"{option} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise typer.BadParameter(f"{option} must be a JSON object, got {text}")
+    return value
+
+
+def _sentence(error: BaseException) -> str:
+    """What went wrong, on one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""A report of evaluations: pictures, a Markdown page and one HTML page that carries its pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from smpconv_zoo.evaluation.classification import EvaluationResult, load_pretrained
+from smpconv_zoo.evaluation.figures import confusion_figure, kernel_figure
+from smpconv_zoo.files import write_whole
+from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card
+
+__all__ = ["HEADER", "table_row", "write_report"]
+
+HEADER = ("checkpoint", "data", "parameters", "paper top-1", "card top-1", "top-1 now", "seconds")
+
+NOTE = (
+    "Top-1 accuracy in percent on the test part of the data named. The column of the paper is empty where the authors "
+    "publish no figure for that very data: results on 5,000 digits do not compare with published ones on 60,000."
+)
+
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
+table { border-collapse: collapse; } th, td { padding: .4rem .8rem; border-bottom: 1px solid #ddd; text-align: right; }
+th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; } th { border-bottom: 2px solid #222; }
+img { max-width: 100%; height: auto; display: block; margin: 1rem 0; } .note { color: #555; font-size: .9rem; }
+"""
+
+
+def write_report(results: Sequence[EvaluationResult], folder: str | os.PathLike[str]) -> Path:
+    """Write ``report.md``, its pictures and the self-contained ``index.html`` into ``folder``.
+
+    The folder is made if need be; files of an earlier report in it are replaced, each whole.
+
+    Args:
+        results: What was measured; every checkpoint's weights are read again for the pictures of its kernels.
+        folder: Where to write.
+
+    Returns:
+        The path of ``index.html``.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to get it.
+        OSError: The folder cannot be made or written.
+    """
+    folder = Path(folder)
+    pictures = {name: png for result in results for name, png in _pictures(result).items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, png in pictures.items():
+        write_whole(folder / name, png)
+    write_whole(folder / "report.md", _markdown(results, pictures).encode())
+    write_whole(folder / "index.html", _html(results, pictures).encode())
+    return folder / "index.html"
+
+
+def table_row(result: EvaluationResult) -> tuple[str, ...]:
+    """One line of the table under :data:`HEADER`: cells ready to be shown."""
+    card = checkpoint_card(result.id)
+    return (
+        result.id,
+        f"{card.data.name}, {card.data.input}",
+        f"{card.parameters:,}",
+        "-" if card.paper is None else f"{card.paper.top1:.2f}",
+        _card_top1(card),
+        f"{result.top1:.2f} ({result.correct} of {result.total})",
+        f"{result.seconds:.1f}",
+    )
+
+
+def _card_top1(card: CheckpointCard) -> str:
+    if card.measured is None:
+        return "-"
+    return f"{card.measured.top1:.2f} ({card.measured.correct} of {card.measured.total})"
+
+
+def _pictures(result: EvaluationResult) -> dict[str, bytes]:
+    kernels = kernel_figure(load_pretrained(checkpoint_card(result.id)), result.id)
+    pictures = {} if kernels is None else {f"{result.id}.kernels.png": kernels}
+    return {**pictures, f"{result.id}.confusion.png": confusion_figure(result.confusion, result.id)}
+
+
+def _verdict(result: EvaluationResult) -> str:
+    if result.agrees is None:
+        return "The card declares no figure to compare with."
+    return "Equal to the card's figure." if result.agrees else "NOT equal to the card's figure."
+
+
+def _origin(results: Sequence[EvaluationResult]) -> str:
+    """The machine side of the numbers: device and versions, once, as all results of a run share them."""
+    if not results:
+        return "Nothing was evaluated."
+    versions = ", ".join(f"{name} {version}" for name, version in results[0].versions.items())
+    return f"Measured in float32 on {results[0].device} with {versions}."
+
+
+def _markdown(results: Sequence[EvaluationResult], pictures: dict[str, bytes]) -> str:
+    lines = ["# SMPConv checkpoints, evaluated", "", _markdown_row(HEADER)]
+    lines += ["|---|---" + "|---:" * (len(HEADER) - 2) + "|", *(_markdown_row(table_row(result)) for result in results)]
+    lines += ["", NOTE, "", _origin(results), ""]
+    for result in results:
+        lines += [f"## {result.id}", "", _verdict(result), ""]
+        lines += [f"![{name}]({name})\n" for name in pictures if name.startswith(f"{result.id}.")]
+    return "\n".join(lines)
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _html(results: Sequence[EvaluationResult], pictures: dict[str, bytes]) -> str:
+    rows = [_html_row("th", HEADER), *(_html_row("td", table_row(result)) for result in results)]
+    sections = []
+    for result in results:
+        sections.append(f"<h2>{html.escape(result.id)}</h2>\n<p>{html.escape(_verdict(result))}</p>")
+        for name, png in pictures.items():
+            if name.startswith(f"{result.id}."):
+                data = base64.b64encode(png).decode()
+                sections.append(f'<img src="data:image/png;base64,{data}" alt="{html.escape(name)}">')
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>SMPConv checkpoints, evaluated</title>\n<style>{STYLE}</style>\n</head>\n<body>",
+            "<h1>SMPConv checkpoints, evaluated</h1>\n<table>",
+            *rows,
+            f'</table>\n<p class="note">{html.escape(NOTE)}</p>\n<p class="note">{html.escape(_origin(results))}</p>',
+            *sections,
+            "</body>\n</html>\n",
+        ]
+    )
+
+
+def _html_row(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"

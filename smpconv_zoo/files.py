@@ -1,0 +1,35 @@
+"""Files that are whole or not there at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from pathlib import Path
+
+__all__ = ["write_whole"]
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write ``data`` under ``path``, whole or not at all.
+
+    The bytes go to a file beside it, reach the disk, and take the final name last; on any failure, an interrupt
+    included, the file beside it is removed and ``path`` is as it was.
+
+    Raises:
+        OSError: The folder does not exist or cannot be written, or ``path`` is a folder.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(aside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        if isinstance(error, OSError):
+            # The reader asked for `path` and should not hear of the file beside it.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
