@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
+from smpconv_zoo.environment import hardware
 from smpconv_zoo.training.recipe import load_recipe
-from smpconv_zoo.training.sequence import RunLog, hardware, train_sequences
+from smpconv_zoo.training.sequence import RunLog, train_sequences
 
 CANDIDATES = {
     "plain": {"augment": False, "input_drop_rate": 0.0},
@@ -34,21 +36,18 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--ids", nargs="+", default=["smpconv_tcn_mnist.smnist5k", "smpconv_tcn_mnist.pmnist5k"])
     args = parser.parse_args()
-    log = RunLog(args.log, hardware=hardware(args.device))
-    for checkpoint_id in args.ids:
-        for name in args.only:
-            for seed in args.seeds:
-                recipe = load_recipe(checkpoint_id, **{**CANDIDATES[name], "seed": seed})
-                log.write({"candidate": name, "recipe": dataclasses.asdict(recipe)})
-                result = train_sequences(
-                    recipe, device=args.device, on_epoch=lambda epoch: log.write(dataclasses.asdict(epoch))
-                )
-                sys.stdout.write(
-                    f"{checkpoint_id:30} {name:28} seed {seed}  validation {result.last.validation_top1:.1f}  "
-                    f"loss {result.last.train_loss:.4f}  {result.last.seconds:.2f} s/epoch\n"
-                )
-                sys.stdout.flush()
-    log.close()
+    with RunLog(args.log, hardware=hardware(args.device)) as log:
+        for checkpoint_id, name, seed in itertools.product(args.ids, args.only, args.seeds):
+            recipe = load_recipe(checkpoint_id, **{**CANDIDATES[name], "seed": seed})
+            log.write({"candidate": name, "recipe": dataclasses.asdict(recipe)})
+            result = train_sequences(
+                recipe, device=args.device, on_epoch=lambda epoch: log.write(dataclasses.asdict(epoch))
+            )
+            sys.stdout.write(
+                f"{checkpoint_id:28} {name:26} seed {seed}  validation {result.last.validation_top1:.1f}  "
+                f"loss {result.last.train_loss:.4f}  {result.last.seconds:.2f} s/epoch\n"
+            )
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":

@@ -28,11 +28,13 @@ from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
 from smpconv_zoo.pretrained.store import CheckpointError
+from smpconv_zoo.training.recipe import load_recipe, parse_overrides
+from smpconv_zoo.training.sequence import run_recipe
 
 __all__ = ["app", "main"]
 
 # What the package says in one sentence; anything else is a fault of ours and keeps its traceback.
-EXPECTED_ERRORS = (ValueError, CheckpointError, OSError, ImportError)
+EXPECTED_ERRORS = (ValueError, CheckpointError, OSError, ImportError, FloatingPointError)
 
 CHECKPOINTS = ("checkpoint", "parameters", "status", "data", "paper top-1", "measured top-1")
 NETWORKS = ("network", "parameters", "family", "input", "classes")
@@ -159,6 +161,33 @@ def demo(
     _print_results(results)
     typer.echo(f"report: {report}")
     _exit_on_difference(results)
+
+
+@app.command(epilog="Example: `smpconv-zoo train smpconv_tcn_mnist.smnist5k --set epochs=20 --out runs/try`")
+def train(
+    checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint whose recipe to run.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to; it must not hold another run.")],
+    device: Device = "cpu",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe (YAML).")
+    ] = None,
+    final: Annotated[
+        bool,
+        typer.Option("--final", help="Everything is chosen: train on train + validation, measure the test part once."),
+    ] = False,
+) -> None:
+    """Train a checkpoint by its recipe; log, weights and card go to a folder."""
+    recipe = load_recipe(checkpoint_id, **parse_overrides(overrides or []))
+    for name, value in _plain(recipe).items():
+        typer.echo(f"{name:17} {value}")
+    with _progress(recipe.id) as progress:
+        card, last = run_recipe(recipe, out, device, final, progress)
+    typer.echo(f"loss {last.train_loss:.4f} in the last of {last.epoch} epochs")
+    if last.validation_top1 is not None:
+        typer.echo(f"validation top-1 {last.validation_top1:.2f} %")
+    if card is not None and card.measured is not None:
+        typer.echo(f"test top-1 {card.measured.top1:.2f} % ({card.measured.correct} of {card.measured.total})")
+    typer.echo(f"wrote {out}")
 
 
 def _evaluate(ids: Sequence[str], batch_size: int, device: str, threads: int | None) -> list[EvaluationResult]:

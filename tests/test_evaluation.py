@@ -54,7 +54,9 @@ def add_checkpoint(weights: Path, tag: str, permutation: list[int] | None, corre
         "files": [{"name": path.name, "sha256": sha256, "bytes": path.stat().st_size}],
         "parameters": sum(p.numel() for p in model.parameters()),
         "data": {
-            "name": "mnist5k", "input": "sequence" if permutation is None else "permuted sequence", "split": "test"
+            "name": "mnist5k",
+            "input": "sequence" if permutation is None else "permuted sequence",
+            "split": "test",
         },
         "paper": None,
         "measured": {"top1": correct / 10, "correct": correct, "total": 1000, **where},
@@ -151,8 +153,12 @@ def test_predict_does_not_train_the_model_and_refuses_empty_batches() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"device": "abacus"}, "device 'abacus' cannot be used"), ({"device": "meta"}, "device 'meta' cannot be used"),
-     ({"limit": 0}, "limit must be at least 1"), ({}, "no checkpoint is called 'nonsense'")],
+    [
+        ({"device": "abacus"}, "device 'abacus' cannot be used"),
+        ({"device": "meta"}, "device 'meta' cannot be used"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({}, "no checkpoint is called 'nonsense'"),
+    ],
 )
 def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

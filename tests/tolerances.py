@@ -40,7 +40,9 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
 
 def assert_equal_to_reference(ours: Tensor, reference: Tensor, kind: str, what: str = "") -> None:
     error = relative_error(ours, reference)
-    assert error <= RELATIVE_ERROR[kind], f"{what}: relative error {error:.2e}, allowed {RELATIVE_ERROR[kind]:.0e} ({kind})"
+    assert error <= RELATIVE_ERROR[kind], (
+        f"{what}: relative error {error:.2e}, allowed {RELATIVE_ERROR[kind]:.0e} ({kind})"
+    )
 
 
 def load(path: object) -> dict[str, Tensor]:

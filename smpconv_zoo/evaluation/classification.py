@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import time
 from collections.abc import Callable
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
-from smpconv_zoo._version import __version__
 from smpconv_zoo.checkpoints import create_model
 from smpconv_zoo.data.mnist5k import mnist5k_sequences
+from smpconv_zoo.environment import versions
 from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult, checkpoint_card
 from smpconv_zoo.pretrained.store import CheckpointError, load_embedded
 
@@ -93,12 +91,7 @@ def evaluate_checkpoint(
         agrees=None if measured is None else (correct, len(y)) == (measured.correct, measured.total),
         confusion=_confusion(y, predicted),
         device=str(target),
-        versions={
-            "smpconv_zoo": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-        },
+        versions=versions(),
     )
 
 

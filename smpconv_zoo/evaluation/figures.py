@@ -84,8 +84,13 @@ def confusion_figure(confusion: Sequence[Sequence[int]], title: str) -> bytes:
             right = true == predicted
             strong = int(mistakes[true, predicted]) > 0.6 * most
             axes.text(
-                predicted, true, str(int(counts[true, predicted])), ha="center", va="center",
-                color="white" if strong else LEARNED if right else "black", fontweight="bold" if right else "normal",
+                predicted,
+                true,
+                str(int(counts[true, predicted])),
+                ha="center",
+                va="center",
+                color="white" if strong else LEARNED if right else "black",
+                fontweight="bold" if right else "normal",
             )
         axes.set(xlabel="predicted class", ylabel="true class", xticks=range(size), yticks=range(size))
         axes.spines[:].set_visible(False)
@@ -111,7 +116,13 @@ def _draw_sequence(part: Any, layer: SMPConv1d) -> None:
     limit = float(values.abs().quantile(0.998)) or float(values.abs().max()) or 1.0
     extent = (-0.5, reach + 0.5, -0.5, layer.out_channels - 0.5)
     image = heat.imshow(
-        values.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit, extent=extent, origin="lower", aspect="auto",
+        values.numpy(),
+        cmap="RdBu_r",
+        vmin=-limit,
+        vmax=limit,
+        extent=extent,
+        origin="lower",
+        aspect="auto",
         interpolation="nearest",
     )
     heat.set_title("Kernel" if layer.in_channels == 1 else f"Kernel seen by input channel {strongest}, the strongest")

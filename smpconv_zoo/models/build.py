@@ -90,7 +90,9 @@ def _load_weights(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) ->
         return {}
     if card is not None:
         raise CheckpointError(how_to_get(card))
-    raise CheckpointError(f"there are no pretrained weights for {variant}; create it with pretrained=False and train it")
+    raise CheckpointError(
+        f"there are no pretrained weights for {variant}; create it with pretrained=False and train it"
+    )
 
 
 def match_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -126,9 +128,7 @@ def match_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
         if tensor.shape != expected and not free(name):
             adaptable = name.removesuffix(".weight") in inputs and name.endswith(".weight")
             if not (adaptable and tensor.dim() == len(expected) and in_chans is not None):
-                raise CheckpointError(
-                    f"{name} has shape {tuple(tensor.shape)}, the network expects {tuple(expected)}"
-                )
+                raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, the network expects {tuple(expected)}")
             if tensor.dim() != 4:
                 # timm adapts 4-dimensional stems; kernels of points and 1-D kernels are adapted in the same way here.
                 flat = tensor.flatten(2).unsqueeze(-1)

@@ -168,7 +168,13 @@ class SMPConvNet(nn.Module):
         kernel_sizes = per_stage("kernel_sizes", kernel_sizes, len(dims))
         depths = per_stage("depths", depths, len(dims))
         check_arguments(
-            in_chans, num_classes, global_pool, drop_rate, drop_path_rate, dims=dims, depths=depths,
+            in_chans,
+            num_classes,
+            global_pool,
+            drop_rate,
+            drop_path_rate,
+            dims=dims,
+            depths=depths,
             points_divisor=points_divisor,
         )
         if any(k % 2 == 0 or k < 3 for k in (*kernel_sizes, small_kernel_size)):
@@ -193,8 +199,15 @@ class SMPConvNet(nn.Module):
         for i, (dim, depth, kernel_size) in enumerate(zip(dims, depths, kernel_sizes, strict=True)):
             stages.append(
                 SMPConvStage(
-                    width, dim, kernel_size, small_kernel_size, points_divisor, mlp_ratio, drop_paths[:depth],
-                    downsample=i > 0, **dd,
+                    width,
+                    dim,
+                    kernel_size,
+                    small_kernel_size,
+                    points_divisor,
+                    mlp_ratio,
+                    drop_paths[:depth],
+                    downsample=i > 0,
+                    **dd,
                 )
             )
             drop_paths = drop_paths[depth:]

@@ -110,8 +110,14 @@ class TCNBlock(nn.Module):
 
         def pair(channels: int) -> LargeSmallConv:
             large = SMPConv1d(
-                channels, dim, kernel_size, bias=conv_bias, n_points=n_points, init_radius=init_radius,
-                coord_std=coord_std, **dd,
+                channels,
+                dim,
+                kernel_size,
+                bias=conv_bias,
+                n_points=n_points,
+                init_radius=init_radius,
+                coord_std=coord_std,
+                **dd,
             )
             small = CausalConv1d(channels, dim, small_kernel_size, bias=False, **dd)
             trunc_normal_(small.weight, std=0.02)
@@ -175,8 +181,16 @@ def _image_pair(
     **dd: Any,
 ) -> LargeSmallConv:
     large = SMPConv2d(
-        in_dim, dim, kernel_size, n_points=n_points, shared_points=False, normalization="count",
-        init_radius=init_radius, coord_std=coord_std, radius_bounds=(1e-4, 1.0), **dd,
+        in_dim,
+        dim,
+        kernel_size,
+        n_points=n_points,
+        shared_points=False,
+        normalization="count",
+        init_radius=init_radius,
+        coord_std=coord_std,
+        radius_bounds=(1e-4, 1.0),
+        **dd,
     )
     small = nn.Conv2d(in_dim, dim, small_kernel_size, padding=small_kernel_size // 2, bias=small_bias, **dd)
     trunc_normal_(small.weight, std=0.02)
@@ -328,8 +342,15 @@ class SMPConvTCN(_BlockNet):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_arguments(
-            in_chans, num_classes, global_pool, drop_rate, drop_path_rate, pools=SEQUENCE_POOLS, dims=dims,
-            n_points=n_points, small_kernel_size=small_kernel_size,
+            in_chans,
+            num_classes,
+            global_pool,
+            drop_rate,
+            drop_path_rate,
+            pools=SEQUENCE_POOLS,
+            dims=dims,
+            n_points=n_points,
+            small_kernel_size=small_kernel_size,
         )
         self.in_chans = in_chans
         self.num_classes = num_classes
@@ -343,8 +364,17 @@ class SMPConvTCN(_BlockNet):
         for i, (dim, drop_path) in enumerate(zip(dims, drop_paths, strict=True)):
             blocks.append(
                 TCNBlock(
-                    width, dim, kernel_size, n_points, init_radius, coord_std, small_kernel_size, conv_bias,
-                    block_drop_rate, drop_path, **dd,
+                    width,
+                    dim,
+                    kernel_size,
+                    n_points,
+                    init_radius,
+                    coord_std,
+                    small_kernel_size,
+                    conv_bias,
+                    block_drop_rate,
+                    drop_path,
+                    **dd,
                 )
             )
             width = dim
@@ -404,7 +434,13 @@ class SMPConvResNet(_BlockNet):
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         check_arguments(
-            in_chans, num_classes, global_pool, drop_rate, drop_path_rate, dims=dims, n_points=n_points,
+            in_chans,
+            num_classes,
+            global_pool,
+            drop_rate,
+            drop_path_rate,
+            dims=dims,
+            n_points=n_points,
             small_kernel_size=small_kernel_size,
         )
         if small_kernel_size % 2 == 0:
@@ -527,7 +563,11 @@ def smpconv_tcn_speech_mfcc(pretrained: bool = False, **kwargs: Any) -> SMPConvT
 def smpconv_tcn_speech_raw(pretrained: bool = False, **kwargs: Any) -> SMPConvTCN:
     """SMPConvTCN for one second of raw speech at 16 kHz (Speech Commands, 10 words): 371 k parameters."""
     model_args = {
-        "in_chans": 1, "kernel_size": 16000, "init_radius": 0.0002, "conv_bias": False, "block_drop_rate": 0.1
+        "in_chans": 1,
+        "kernel_size": 16000,
+        "init_radius": 0.0002,
+        "conv_bias": False,
+        "block_drop_rate": 0.1,
     }
     return build_smpconv(SMPConvTCN, "smpconv_tcn_speech_raw", pretrained, **{**model_args, **kwargs})
 

@@ -125,9 +125,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend
 
 def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     if x.dim() != 3 or weight.dim() != 3:
-        raise ValueError(
-            f"expected x (N, I, L) and weight (O, I, K), got {tuple(x.shape)} and {tuple(weight.shape)}"
-        )
+        raise ValueError(f"expected x (N, I, L) and weight (O, I, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if weight.size(1) != x.size(1):
         raise ValueError(f"weight is for {weight.size(1)} input channels, x has {x.size(1)}")
     x, weight, bias = _autocast(x, weight, bias)

@@ -129,9 +129,7 @@ def _convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int], depthwi
 
 
 @torch.library.custom_op("smpconv_zoo::fft_convolve_weight", mutates_args=())
-def _convolve_weight(
-    grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool
-) -> Tensor:
+def _convolve_weight(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool) -> Tensor:
     """Adjoint of the convolution in the kernel: ``grad`` (N, O, *size), ``x`` (N, I, *size) -> (O, I or 1, *taps)."""
     size = x.shape[2:]
     sizes = _sizes(size, taps, future)
@@ -213,4 +211,3 @@ def _convolve_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | Non
 _convolve.register_autograd(_convolve_backward, setup_context=_save_convolve)
 _convolve_input.register_autograd(_convolve_input_backward, setup_context=_save_convolve_input)
 _convolve_weight.register_autograd(_convolve_weight_backward, setup_context=_save_convolve_weight)
-

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-__all__ = ["Recipe", "list_recipes", "load_recipe"]
+__all__ = ["Recipe", "list_recipes", "load_recipe", "parse_overrides"]
 
 INPUTS = ("sequence", "permuted sequence")
+
+# Types of the fields whose values a user writes by hand; checked before anything is computed from them.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "arguments": (dict,),
+    "permutation_seed": (int, type(None)),
+    "epochs": (int,),
+    "batch_size": (int,),
+    "lr": (float, int),
+    "weight_decay": (float, int),
+    "warmup_epochs": (int,),
+    "input_drop_rate": (float, int),
+    "augment": (bool,),
+    "seed": (int,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +65,10 @@ class Recipe:
     seed: int
 
     def __post_init__(self) -> None:
+        for field, kinds in _KINDS.items():
+            value = getattr(self, field)
+            if not isinstance(value, kinds) or (isinstance(value, bool) and kinds != (bool,)):
+                raise ValueError(f"{field} must be {' or '.join(kind.__name__ for kind in kinds)}, got {value!r}")
         if self.input not in INPUTS:
             raise ValueError(f"input must be one of {INPUTS}, got {self.input!r}")
         if (self.input == "permuted sequence") != (self.permutation_seed is not None):
@@ -85,6 +105,28 @@ def load_recipe(checkpoint_id: str, **overrides: Any) -> Recipe:
         if name not in fields:
             raise ValueError(f"a recipe has no field {name!r}; {_near(name, sorted(fields))}")
     return Recipe(id=checkpoint_id, **{**values, **overrides})
+
+
+def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
+    """``["lr=2e-3", "arguments={block_drop_rate: 0.1}"]`` as a dict; values are YAML.
+
+    Raises:
+        ValueError: A pair without "=", or a value that is not YAML.
+    """
+    overrides = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"expected KEY=VALUE, got {pair!r}")
+        try:
+            overrides[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the value of {name!r} is not YAML: {value!r}") from error
+        if isinstance(overrides[name], str):
+            # YAML takes 2e-3 for a string, since it wants a dot in a number.
+            with contextlib.suppress(ValueError):
+                overrides[name] = float(value)
+    return overrides
 
 
 def _folder() -> Path:

