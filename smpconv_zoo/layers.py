@@ -72,7 +72,7 @@ class _PointKernel(nn.Module):
         """Draw the points anew, as the authors do: positions around the centre, or around the current sample in 1-D."""
         with torch.no_grad():
             if len(self.kernel_size) == 1:
-                # Positions crowd at +1, the current sample: a normal around 0 cut to [-1, 0], then stretched to [-1, 1].
+                # Positions crowd at +1, the current sample: a normal around 0, cut to [-1, 0], stretched to [-1, 1].
                 nn.init.trunc_normal_(self.coords, std=self.coord_std, a=-1.0, b=0.0)
                 self.coords.mul_(2).add_(1)
             else:

@@ -2,8 +2,8 @@
 
 A point has a position in ``[-1, 1]^d`` and a radius in the same unit. It spreads its value by a tent,
 ``relu(1 - |tap - position|_1 / radius)``: one at its own position, zero from one radius away (Kim & Park, CVPR 2023,
-arXiv 2304.02330, section 3). Taps are the places where a kernel is read off; they form a regular grid over ``[-1, 1]^d``,
-so one tap spacing is ``2 / (kernel_size - 1)`` of the unit.
+arXiv 2304.02330, section 3). Taps are the places where a kernel is read off; they form a regular grid over
+``[-1, 1]^d``, so one tap spacing is ``2 / (kernel_size - 1)`` of the unit.
 
 Orientation, as in the authors' code: in one dimension the last tap, at +1, is the current sample. In two dimensions
 coordinate 0 runs along the columns to the right and coordinate 1 along the rows *upward*.
@@ -32,8 +32,8 @@ def tap_grid(
         dtype: Floating-point type of the result.
 
     Returns:
-        ``(length,)`` gives ``(1, length)``, from -1 for the oldest sample to +1 for the current one. ``(height, width)``
-        gives ``(2, height, width)``: ``[0]`` is x, growing to the right, ``[1]`` is y, growing upward.
+        ``(length,)`` gives ``(1, length)``, from -1 for the oldest sample to +1 for the current one.
+        ``(height, width)`` gives ``(2, height, width)``: ``[0]`` is x, to the right, ``[1]`` is y, upward.
 
     Raises:
         ValueError: Not one or two axes, or an axis of fewer than two taps.

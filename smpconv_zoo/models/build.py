@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -16,6 +16,8 @@ from smpconv_zoo.pretrained.store import CheckpointError, how_to_get, load_embed
 
 __all__ = ["PAPER", "build_smpconv", "check_arguments", "checkpoint_cfgs", "match_state_dict", "per_stage"]
 
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
 PAPER = {
     "license": "mit",
     "paper_ids": "arXiv:2304.02330",
@@ -24,10 +26,10 @@ PAPER = {
 }
 
 
-def checkpoint_cfgs(network: str, cfg: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """timm's default cfgs of a network, one for each checkpoint that has a card, embedded ones first."""
+def checkpoint_cfgs(network: str, cfg: dict[str, Any], default_tag: str = "") -> dict[str, dict[str, Any]]:
+    """timm's default cfgs of a network, one for each checkpoint that has a card: the default, then embedded ones."""
     cards = [checkpoint_card(name) for name in list_checkpoints() if name.startswith(f"{network}.")]
-    cards.sort(key=lambda card: card.status != "embedded")
+    cards.sort(key=lambda card: (card.tag != default_tag, card.status != "embedded"))
     if not cards:
         return {network: cfg}
     return {card.id: {**cfg, **_card_cfg(card)} for card in cards}
@@ -40,7 +42,7 @@ def _card_cfg(card: CheckpointCard) -> dict[str, Any]:
     return entries
 
 
-def build_smpconv(model_cls: type[nn.Module], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwargs: Any) -> ModelT:
     """Build ``variant`` through timm.
 
     Weights from a file, embedded or the user's, are read and checked here, converted if they bear the authors' names,
@@ -58,7 +60,7 @@ def build_smpconv(model_cls: type[nn.Module], variant: str, pretrained: bool, **
             raise RuntimeError(f"{variant} has no checkpoint tag {pretrained_cfg!r}; its tags are: {', '.join(tags)}")
     if pretrained:
         overlay.update(_load_weights(variant, pretrained_cfg, overlay))
-    model = build_model_with_cfg(
+    model: ModelT = build_model_with_cfg(
         model_cls,
         variant,
         pretrained,
@@ -69,7 +71,8 @@ def build_smpconv(model_cls: type[nn.Module], variant: str, pretrained: bool, **
         **kwargs,
     )
     # timm keeps the cfg with the network; the weights that came with it are in the network already.
-    model.pretrained_cfg.pop("state_dict", None)
+    cfg: Any = model.pretrained_cfg
+    cfg.pop("state_dict", None)
     return model
 
 

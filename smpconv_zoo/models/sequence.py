@@ -160,9 +160,11 @@ class ResNetBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.shortcut: nn.Module = nn.Identity()
         if in_dim != dim:
-            self.shortcut = nn.Conv2d(in_dim, dim, 1, **dd)
-            trunc_normal_(self.shortcut.weight, std=0.02)
-            nn.init.zeros_(self.shortcut.bias)
+            shortcut = nn.Conv2d(in_dim, dim, 1, **dd)
+            trunc_normal_(shortcut.weight, std=0.02)
+            assert shortcut.bias is not None
+            nn.init.zeros_(shortcut.bias)
+            self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.drop(self.act(self.conv1(x)))
@@ -204,7 +206,7 @@ class _BlockNet(nn.Module):
 
     stem: nn.Module
     blocks: nn.Sequential
-    head: nn.Module
+    head: Any
     feature_info: list[dict[str, Any]]
     num_features: int
     head_hidden_size: int
@@ -449,7 +451,7 @@ class SMPConvResNet(_BlockNet):
         self.num_classes = num_classes
         self.drop_rate = drop_rate
         self.grad_checkpointing = False
-        conv = {
+        conv: dict[str, Any] = {
             "kernel_size": kernel_size,
             "n_points": n_points,
             "init_radius": init_radius,
@@ -512,7 +514,7 @@ def _image_cfg(**kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        **checkpoint_cfgs("smpconv_tcn_mnist", _sequence_cfg(1, 784, mean=(0.1307,), std=(0.3081,))),
+        **checkpoint_cfgs("smpconv_tcn_mnist", _sequence_cfg(1, 784, mean=(0.1307,), std=(0.3081,)), "smnist5k"),
         **checkpoint_cfgs("smpconv_tcn_cifar", _sequence_cfg(3, 1024)),
         **checkpoint_cfgs("smpconv_tcn_chartraj", _sequence_cfg(3, 182, num_classes=20)),
         **checkpoint_cfgs("smpconv_tcn_speech_mfcc", _sequence_cfg(20, 161)),

@@ -20,10 +20,10 @@ __all__ = ["BACKENDS", "can_run_fft", "causal_conv1d", "conv2d", "depthwise_conv
 
 BACKENDS = ("fft", "reference")
 
-# Thresholds of `auto`, read off eval/results/convolution_cpu.txt (eval/bench_convolution.py). On CPU, oneDNN has fast
-# depthwise kernels up to 14 taps wide and falls 20-fold beyond; their gradients are slow from about 13. On CUDA and for
-# dense kernels the cost is smooth: one transformed point, times the logarithm of the transform, costs as much as so many
-# multiply-accumulates of the direct convolution.
+# Thresholds of `auto`, read off eval/results/convolution_*.txt (eval/bench_convolution.py). On CPU, oneDNN has fast
+# depthwise kernels up to 14 taps wide and falls 20-fold beyond; their gradients are slow from about 13. On CUDA and
+# for dense kernels the cost is smooth: one transformed point, times the logarithm of the transform, costs as much as
+# so many multiply-accumulates of the direct convolution.
 _CPU_DEPTHWISE_TAPS = 15
 _CPU_DEPTHWISE_TAPS_TRAINING = 13
 _POINT_COST = {"cpu": 25, "cuda": 8}

@@ -1,7 +1,8 @@
 """Convolution through the fast Fourier transform: depthwise or dense, one or two axes, 'same' or causal.
 
-All of it is one bilinear map and its two adjoints. With ``past`` and ``future`` the taps behind and ahead of the current
-sample along an axis (``past + future + 1`` taps; a 'same' convolution has equally many, a causal one no future),
+All of it is one bilinear map and its two adjoints. With ``past`` and ``future`` the taps behind and ahead of the
+current sample along an axis (``past + future + 1`` taps; a 'same' convolution has equally many, a causal one no
+future),
 
     y[n, o, t] = sum_i sum_k weight[o, i, k] x[n, i, t + k - past],
 

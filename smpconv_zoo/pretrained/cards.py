@@ -1,7 +1,7 @@
 """Cards: one JSON file per checkpoint, the single place where it is declared.
 
-Everything said about a checkpoint elsewhere (timm's registry, the README table, the demo's report) is read from its card.
-Unknown and missing fields are refused, so a card cannot silently say less than it should.
+Everything said about a checkpoint elsewhere (timm's registry, the README table, the demo's report) is read from its
+card. Unknown and missing fields are refused, so a card cannot silently say less than it should.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ class Training:
 class CheckpointCard:
     """Card of one checkpoint.
 
-    ``id`` is ``network.tag``. ``status`` is ``"embedded"`` (the weights ship with the package) or ``"importable"`` (they
-    are published elsewhere, see ``origin``). ``paper`` is what the authors publish for this task, ``measured`` what we
-    measured with these very weights; either may be None.
+    ``id`` is ``network.tag``. ``status`` is ``"embedded"`` (the weights ship with the package) or ``"importable"``
+    (they are published elsewhere, see ``origin``). ``paper`` is what the authors publish for this task, ``measured``
+    what we measured with these very weights; either may be None.
     """
 
     id: str
@@ -164,7 +164,7 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in options:
             return None
         return _parse(next(option for option in options if option is not type(None)), value, where)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise CardError(f"{where} must be an object, got {type(value).__name__}")
         hints = typing.get_type_hints(kind)

@@ -1,9 +1,9 @@
 """Augmentation of digits, a batch at a time on any device.
 
 The authors train sMNIST and pMNIST with random rotation, translation, scaling and erasing, each with probability 0.5
-(their ``augment=standard``, after Byerly et al., arXiv 2001.09136). Here each image gets the same kinds of draws, composed
-into one bilinear resampling instead of three by nearest neighbour. The erased patch is a seventh of the image's area, as
-their code has it (its comment speaks of 4 pixels).
+(their ``augment=standard``, after Byerly et al., arXiv 2001.09136). Here each image gets the same kinds of draws,
+composed into one bilinear resampling instead of three by nearest neighbour. The erased patch is a seventh of the
+image's area, as their code has it (its comment speaks of 4 pixels).
 """
 
 from __future__ import annotations

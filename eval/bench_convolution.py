@@ -1,0 +1,111 @@
+"""Time every backend of the convolutions, and what `auto` takes, side by side in one run.
+
+    python eval/bench_convolution.py --device cpu > eval/results/convolution_cpu.txt
+
+Medians over repeated calls after a warm-up; `train` is forward and both gradients. On a CPU only the ratios mean
+anything to another machine. The thresholds in smpconv_zoo/ops/dispatch.py were read off these tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from smpconv_zoo import ops
+from smpconv_zoo.environment import hardware, versions
+from smpconv_zoo.ops.dispatch import _choose
+
+# (channels, map, kernel): the four stages of SMPConvNet-T at 224 pixels, then smaller kernels around the crossover.
+DEPTHWISE = [
+    (96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13),
+    (96, 56, 17), (96, 56, 15), (96, 56, 13), (96, 56, 7), (384, 14, 15), (384, 14, 13), (384, 14, 7),
+]  # fmt: skip
+# (in, out, length, taps): the sequence networks' own, then short kernels.
+CAUSAL = [
+    (30, 30, 784, 784), (1, 30, 784, 784), (30, 30, 1024, 1024), (30, 30, 182, 182), (30, 30, 161, 161),
+    (30, 30, 784, 128), (30, 30, 784, 64), (30, 30, 784, 32), (30, 30, 784, 5),
+]  # fmt: skip
+# (in, out, map, kernel): the CIFAR network's own, then smaller.
+DENSE = [(24, 24, 32, 33), (48, 48, 32, 33), (3, 24, 32, 33), (24, 24, 32, 17), (24, 24, 32, 9), (24, 24, 32, 3)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+    write(f"command: {' '.join(sys.argv)}")
+    write(f"hardware: {hardware(device)}; versions: {versions()}; float32, batch {args.batch_size}, milliseconds")
+    write(f"TF32 allowed: matmul {torch.backends.cuda.matmul.allow_tf32}, cudnn {torch.backends.cudnn.allow_tf32}")
+    for title, function, depthwise, shapes in (
+        ("depthwise_conv2d (C, H = W, K)", ops.depthwise_conv2d, True, DEPTHWISE),
+        ("causal_conv1d (I, O, L, K)", ops.causal_conv1d, False, CAUSAL),
+        ("conv2d (I, O, H = W, K)", ops.conv2d, False, DENSE),
+    ):
+        write(f"\n{title:32} {'forward':>31}   {'train':>31}")
+        write(
+            f"{'':32} {'reference':>10} {'fft':>9} {'ratio':>6} {'auto':>3}   {'reference':>10} {'fft':>9} {'ratio':>6}"
+        )
+        for shape in shapes:
+            x, weight = tensors(function, shape, args.batch_size, device)
+            chosen = _choose(x, weight, "auto", depthwise=depthwise)
+            forward = [timed(partial(function, x, weight, backend=b), args.repeats, device) for b in BACKENDS]
+            x.requires_grad_()
+            weight.requires_grad_()
+            train = [timed(partial(step, function, x, weight, b), args.repeats, device) for b in BACKENDS]
+            write(
+                f"{shape!s:32} {forward[0]:10.3f} {forward[1]:9.3f} {forward[0] / forward[1]:6.2f} {chosen:>4.4}   "
+                f"{train[0]:10.3f} {train[1]:9.3f} {train[0] / train[1]:6.2f}"
+            )
+
+
+BACKENDS = ("reference", "fft")
+
+
+def tensors(function: Callable, shape: tuple[int, ...], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    if function is ops.depthwise_conv2d:
+        channels, size, taps = shape
+        return torch.randn(batch, channels, size, size, device=device), torch.randn(
+            channels, 1, taps, taps, device=device
+        )
+    inputs, outputs, size, taps = shape
+    dims = 1 if function is ops.causal_conv1d else 2
+    x = torch.randn(batch, inputs, *[size] * dims, device=device)
+    return x, torch.randn(outputs, inputs, *[taps] * dims, device=device)
+
+
+def step(function: Callable, x: Tensor, weight: Tensor, backend: str) -> None:
+    y = function(x, weight, backend=backend)
+    torch.autograd.grad(y, (x, weight), torch.ones_like(y))
+
+
+def timed(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times[1:])
+
+
+def write(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
