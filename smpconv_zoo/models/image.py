@@ -10,14 +10,15 @@ depthwise kernel, 1x1) and mixing of channels (1x1, GELU, 1x1). Every convolutio
 in front.
 """
 
-from __future__ import annotations
+# Annotations are not postponed in this file: torch.fx would copy their text into its graphs, where TorchScript cannot
+# resolve it.
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, ConvNormAct, DropPath, trunc_normal_
+from timm.layers import ClassifierHead, ConvNormAct, DropPath, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -185,7 +186,6 @@ class SMPConvNet(nn.Module):
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
-        self.feature_info: list[dict[str, Any]] = []
 
         width = dims[0]
         self.stem = nn.Sequential(
@@ -196,6 +196,7 @@ class SMPConvNet(nn.Module):
         )
         drop_paths = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         stages = []
+        feature_info: list[dict[str, Any]] = []
         for i, (dim, depth, kernel_size) in enumerate(zip(dims, depths, kernel_sizes, strict=True)):
             stages.append(
                 SMPConvStage(
@@ -212,8 +213,9 @@ class SMPConvNet(nn.Module):
             )
             drop_paths = drop_paths[depth:]
             width = dim
-            self.feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
+            feature_info.append({"num_chs": dim, "reduction": 4 * 2**i, "module": f"stages.{i}"})
         self.stages = nn.Sequential(*stages)
+        self.feature_info = feature_info
         self.num_features = width
         self.norm: nn.Module = nn.BatchNorm2d(width, **dd)
         self.head = ClassifierHead(width, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
@@ -251,7 +253,8 @@ class SMPConvNet(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; the pooling stays unless ``global_pool`` names another."""
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        # The head itself may have no parameter left to take the device from.
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
 
     def forward_intermediates(

@@ -9,14 +9,15 @@ A block is two large + small convolutions with ReLUs and a shortcut. Here every 
 and kernels are normalised by the number of points that touch a tap.
 """
 
-from __future__ import annotations
+# Annotations are not postponed in this file: torch.fx would copy their text into its graphs, where TorchScript cannot
+# resolve it.
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, trunc_normal_
+from timm.layers import ClassifierHead, DropPath, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -57,13 +58,13 @@ class SequenceHead(nn.Module):
         return fc
 
     @torch.jit.ignore
-    def reset(self, num_classes: int, pool_type: str | None, like: Tensor) -> None:
-        """New classifier on the device and in the dtype of ``like``, and new pooling unless None."""
+    def reset(self, num_classes: int, pool_type: str | None, **dd: Any) -> None:
+        """New classifier, and new pooling unless None."""
         if pool_type is not None:
             if pool_type not in SEQUENCE_POOLS:
                 raise ValueError(f"global_pool must be one of {SEQUENCE_POOLS}, got {pool_type!r}")
             self.pool_type = pool_type
-        self.fc = self._classifier(num_classes, device=like.device, dtype=like.dtype).train(self.training)
+        self.fc = self._classifier(num_classes, **dd).train(self.training)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.pool_type == "last":
@@ -204,15 +205,17 @@ def _image_pair(
 class _BlockNet(nn.Module):
     """What both networks share: a stem (or none), blocks at one resolution, a head, and timm's contract."""
 
-    stem: nn.Module
-    blocks: nn.Sequential
-    head: Any
-    feature_info: list[dict[str, Any]]
-    num_features: int
-    head_hidden_size: int
-    num_classes: int
-    grad_checkpointing: bool
-    output_fmt: str
+    if TYPE_CHECKING:
+        # At run time TorchScript would take these for its own types, and knows of no nn.Module.
+        stem: nn.Module
+        blocks: nn.Sequential
+        head: Any
+        feature_info: list[dict[str, Any]]
+        num_features: int
+        head_hidden_size: int
+        num_classes: int
+        grad_checkpointing: bool
+        output_fmt: str
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -388,7 +391,7 @@ class SMPConvTCN(_BlockNet):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
         self.head.in_features = self.head_hidden_size = self.num_features
-        self.head.reset(num_classes, global_pool, like=next(self.parameters()))
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
 
 
 class SMPConvResNet(_BlockNet):
@@ -477,7 +480,7 @@ class SMPConvResNet(_BlockNet):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, in_features=self.num_features)
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
 
 
