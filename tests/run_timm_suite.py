@@ -26,7 +26,7 @@ NETWORKS = ("smpconv_t", "smpconv_b", "test_smpconv", "smpconv_resnet", "smpconv
 def only_ours(list_names: Callable[..., list[str]]) -> Callable[..., list[str]]:
     """``timm.list_models`` or ``timm.list_pretrained`` that knows of our image networks alone."""
 
-    def listed(filter: Any = "", *args: Any, module: Any = "", **kwargs: Any) -> list[str]:  # noqa: A002
+    def listed(filter: Any = "", *args: Any, module: Any = "", **kwargs: Any) -> list[str]:
         # timm's tests name the modules of its own models that have forward_intermediates(); ours all have it.
         names = list_names(filter, *args, **kwargs)
         return [name for name in names if name.partition(".")[0] in NETWORKS]

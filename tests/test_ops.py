@@ -5,6 +5,8 @@ import io
 import itertools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from golden_files import golden
+from golden_files import ROOT, golden
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -602,6 +604,29 @@ def test_auto_on_dense_kernels() -> None:
     x = torch.zeros(1, 64, 56, 56)
     assert dispatch._choose(x, torch.zeros(64, 64, 51, 51), "auto", depthwise=False) == "fft"
     assert dispatch._choose(x, torch.zeros(64, 64, 3, 3), "auto", depthwise=False) == "reference"
+
+
+def test_auto_avoids_the_direct_gradient_of_tall_dense_kernels_on_cpu() -> None:
+    # In a process of its own: the direct gradient of these shapes damages memory in oneDNN, which ends the process at
+    # once or later. Bands of taps are cheap, so without the rule `auto` would compute them directly.
+    script = """
+import torch
+from smpconv_zoo.ops import conv2d
+
+for channels, taps, size in ((16, (31, 3), 16), (24, (19, 5), 10), (3, (63, 5), 20), (2, (3, 31), 16)):
+    for _ in range(5):
+        x, weight = torch.randn(2, channels, size, size), torch.randn(channels, channels, *taps, requires_grad=True)
+        conv2d(x, weight).square().sum().backward()
+    exact = weight.detach().double().requires_grad_()
+    conv2d(x.double(), exact, backend="reference").square().sum().backward()
+    torch.testing.assert_close(weight.grad.double(), exact.grad, rtol=1e-4, atol=1e-5 * float(exact.grad.abs().max()))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    x, weight = torch.zeros(2, 16, 16, 16), torch.zeros(16, 16, 31, 3, requires_grad=True)
+    assert dispatch._choose(x, weight, "auto", depthwise=False) == "fft"
+    with torch.no_grad():
+        assert dispatch._choose(x, weight, "auto", depthwise=False) == "reference"
 
 
 @pytest.mark.parametrize("depthwise", [True, False])

@@ -7,14 +7,33 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-from timm.models import adapt_input_conv, build_model_with_cfg, resolve_pretrained_cfg
+from timm.models import (
+    adapt_input_conv,
+    build_model_with_cfg,
+    register_notrace_function,
+    resolve_pretrained_cfg,
+)
 from torch import Tensor, nn
 
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints, weights_dir
 from smpconv_zoo.pretrained.remap import remap_reference_state_dict
 from smpconv_zoo.pretrained.store import CheckpointError, how_to_get, load_embedded, read_checkpoint
 
-__all__ = ["PAPER", "build_smpconv", "check_arguments", "checkpoint_cfgs", "match_state_dict", "per_stage"]
+__all__ = [
+    "IMAGE_POOLS",
+    "PAPER",
+    "build_smpconv",
+    "check_arguments",
+    "check_head",
+    "check_input",
+    "checkpoint_cfgs",
+    "create_on_meta",
+    "match_state_dict",
+    "per_stage",
+]
+
+# What timm's ClassifierHead pools by.
+IMAGE_POOLS = ("avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax", "")
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -57,7 +76,8 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
     if isinstance(pretrained_cfg, str):
         tags = [name.partition(".")[2] for name in timm.list_models(f"{variant}.*", include_tags=True)]
         if pretrained_cfg and pretrained_cfg not in tags:
-            raise RuntimeError(f"{variant} has no checkpoint tag {pretrained_cfg!r}; its tags are: {', '.join(tags)}")
+            there = ", ".join(tags) or "none"
+            raise RuntimeError(f"{variant} has no checkpoint tag {pretrained_cfg!r}; its tags are: {there}")
     if pretrained:
         overlay.update(_load_weights(variant, pretrained_cfg, overlay))
     model: ModelT = build_model_with_cfg(
@@ -161,7 +181,7 @@ def check_arguments(
     global_pool: str,
     drop_rate: float,
     drop_path_rate: float,
-    pools: Sequence[str] | None = None,
+    pools: Sequence[str],
     **sizes: int | Sequence[int],
 ) -> None:
     """Refuse arguments that no network can be built from, by name and value.
@@ -171,10 +191,7 @@ def check_arguments(
     """
     if in_chans < 1:
         raise ValueError(f"in_chans must be at least 1, got {in_chans}")
-    if num_classes < 0:
-        raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
-    if pools is not None and global_pool not in pools:
-        raise ValueError(f"global_pool must be one of {tuple(pools)}, got {global_pool!r}")
+    check_head(num_classes, global_pool, pools)
     for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
         if not 0 <= rate < 1:
             raise ValueError(f"{name} must be in [0, 1), got {rate}")
@@ -182,6 +199,36 @@ def check_arguments(
         entries = (size,) if isinstance(size, int) else tuple(size)
         if not entries or min(entries) < 1:
             raise ValueError(f"{name} must be at least 1 throughout, got {size}")
+
+
+def check_head(num_classes: int, global_pool: str, pools: Sequence[str]) -> None:
+    """Refuse a head that cannot be built, as :func:`check_arguments` does."""
+    if num_classes < 0:
+        raise ValueError(f"num_classes must be 0 (no classifier) or more, got {num_classes}")
+    if global_pool not in pools:
+        raise ValueError(f"global_pool must be one of {tuple(pools)}, got {global_pool!r}")
+    if global_pool == "" and num_classes > 0:
+        raise ValueError("a classifier needs pooling: global_pool='' goes with num_classes=0")
+
+
+def check_input(x: Tensor, layout: str, channels: int) -> Tensor:
+    """``x`` as it is, if it has one axis for each letter of ``layout`` ("NCHW", "NCL") and that many channels.
+
+    Said here in the network's terms: PyTorch would take a missing batch axis for an unbatched image, and complain of
+    a weight that the caller has never seen.
+    """
+    if torch.jit.is_scripting():
+        return x
+    else:
+        if x.dim() != len(layout) or x.size(1) != channels or 0 in x.shape[2:]:
+            raise ValueError(
+                f"expected an input ({', '.join(layout)}) with C = {channels} channels, got shape {tuple(x.shape)}"
+            )
+        return x
+
+
+# torch.fx cannot follow the comparison; it keeps the call as one node.
+register_notrace_function(check_input)
 
 
 def create_on_meta(network: str, **arguments: Any) -> nn.Module:

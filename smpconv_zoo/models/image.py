@@ -24,7 +24,16 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from smpconv_zoo.layers import ConvNorm, LargeSmallConv, SMPConv2d, parameter_roles
-from smpconv_zoo.models.build import PAPER, build_smpconv, check_arguments, checkpoint_cfgs, per_stage
+from smpconv_zoo.models.build import (
+    IMAGE_POOLS,
+    PAPER,
+    build_smpconv,
+    check_arguments,
+    check_head,
+    check_input,
+    checkpoint_cfgs,
+    per_stage,
+)
 
 __all__ = ["SMPConvNet"]
 
@@ -174,6 +183,7 @@ class SMPConvNet(nn.Module):
             global_pool,
             drop_rate,
             drop_path_rate,
+            IMAGE_POOLS,
             dims=dims,
             depths=depths,
             points_divisor=points_divisor,
@@ -183,6 +193,8 @@ class SMPConvNet(nn.Module):
                 f"kernel sizes must be odd and at least 3, got kernel_sizes={tuple(kernel_sizes)}, "
                 f"small_kernel_size={small_kernel_size}"
             )
+        if mlp_ratio * min(dims) < 1:
+            raise ValueError(f"mlp_ratio must leave a hidden channel of {min(dims)}, got {mlp_ratio}")
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -252,6 +264,8 @@ class SMPConvNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; the pooling stays unless ``global_pool`` names another."""
+        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
+        check_head(num_classes, pool, IMAGE_POOLS)
         self.num_classes = num_classes
         # The head itself may have no parameter left to take the device from.
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
@@ -281,7 +295,7 @@ class SMPConvNet(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
-        x = self.stem(x)
+        x = self.stem(check_input(x, "NCHW", self.in_chans))
         stages = self.stages[: max_index + 1] if stop_early else self.stages
         for i, stage in enumerate(stages):
             x = stage(x)
@@ -308,7 +322,7 @@ class SMPConvNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """``(N, in_chans, H, W)`` -> normalised features ``(N, num_features, H / 32, W / 32)``."""
-        return self.norm(self.stages(self.stem(x)))
+        return self.norm(self.stages(self.stem(check_input(x, "NCHW", self.in_chans))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify; with ``pre_logits`` only pool."""

@@ -23,7 +23,15 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from smpconv_zoo.layers import CausalConv1d, ConvNorm, LargeSmallConv, SMPConv1d, SMPConv2d, parameter_roles
-from smpconv_zoo.models.build import PAPER, build_smpconv, check_arguments, checkpoint_cfgs
+from smpconv_zoo.models.build import (
+    IMAGE_POOLS,
+    PAPER,
+    build_smpconv,
+    check_arguments,
+    check_head,
+    check_input,
+    checkpoint_cfgs,
+)
 
 __all__ = ["SMPConvResNet", "SMPConvTCN"]
 
@@ -50,8 +58,6 @@ class SequenceHead(nn.Module):
     def _classifier(self, num_classes: int, **dd: Any) -> nn.Module:
         if num_classes == 0:
             return nn.Identity()
-        if self.pool_type == "":
-            raise ValueError("a classifier needs pooling: global_pool='' goes with num_classes=0")
         fc = nn.Linear(self.in_features, num_classes, **dd)
         nn.init.normal_(fc.weight, std=0.01)
         nn.init.zeros_(fc.bias)
@@ -61,8 +67,6 @@ class SequenceHead(nn.Module):
     def reset(self, num_classes: int, pool_type: str | None, **dd: Any) -> None:
         """New classifier, and new pooling unless None."""
         if pool_type is not None:
-            if pool_type not in SEQUENCE_POOLS:
-                raise ValueError(f"global_pool must be one of {SEQUENCE_POOLS}, got {pool_type!r}")
             self.pool_type = pool_type
         self.fc = self._classifier(num_classes, **dd).train(self.training)
 
@@ -213,6 +217,7 @@ class _BlockNet(nn.Module):
         feature_info: list[dict[str, Any]]
         num_features: int
         head_hidden_size: int
+        in_chans: int
         num_classes: int
         grad_checkpointing: bool
         output_fmt: str
@@ -260,7 +265,7 @@ class _BlockNet(nn.Module):
             raise ValueError(f"output_fmt must be {self.output_fmt!r}, got {output_fmt!r}")
         take_indices, max_index = feature_take_indices(len(self.blocks), indices)
         intermediates = []
-        x = self.stem(x)
+        x = self.stem(check_input(x, self.output_fmt, self.in_chans))
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
             x = block(x)
             if i in take_indices:
@@ -286,7 +291,7 @@ class _BlockNet(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Features at the resolution of the input: ``(N, num_features, ...)``."""
-        x = self.stem(x)
+        x = self.stem(check_input(x, self.output_fmt, self.in_chans))
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
@@ -324,8 +329,6 @@ class SMPConvTCN(_BlockNet):
         ValueError: A non-positive size or an unknown pooling.
     """
 
-    output_fmt = "NCL"
-
     def __init__(
         self,
         in_chans: int = 1,
@@ -352,11 +355,12 @@ class SMPConvTCN(_BlockNet):
             global_pool,
             drop_rate,
             drop_path_rate,
-            pools=SEQUENCE_POOLS,
+            SEQUENCE_POOLS,
             dims=dims,
             n_points=n_points,
             small_kernel_size=small_kernel_size,
         )
+        self.output_fmt = "NCL"
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -389,6 +393,7 @@ class SMPConvTCN(_BlockNet):
         self.head = SequenceHead(width, num_classes, global_pool, drop_rate, **dd)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        check_head(num_classes, self.head.pool_type if global_pool is None else global_pool, SEQUENCE_POOLS)
         self.num_classes = num_classes
         self.head.in_features = self.head_hidden_size = self.num_features
         self.head.reset(num_classes, global_pool, **get_device_dtype(self))
@@ -417,8 +422,6 @@ class SMPConvResNet(_BlockNet):
         ValueError: A non-positive size or an even kernel.
     """
 
-    output_fmt = "NCHW"
-
     def __init__(
         self,
         in_chans: int = 3,
@@ -444,12 +447,14 @@ class SMPConvResNet(_BlockNet):
             global_pool,
             drop_rate,
             drop_path_rate,
+            IMAGE_POOLS,
             dims=dims,
             n_points=n_points,
             small_kernel_size=small_kernel_size,
         )
         if small_kernel_size % 2 == 0:
             raise ValueError(f"small_kernel_size must be odd, got {small_kernel_size}")
+        self.output_fmt = "NCHW"
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -479,6 +484,8 @@ class SMPConvResNet(_BlockNet):
         self.head_hidden_size = self.head.num_features
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
+        check_head(num_classes, pool, IMAGE_POOLS)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features

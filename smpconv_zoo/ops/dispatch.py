@@ -27,6 +27,11 @@ BACKENDS = ("fft", "reference")
 _CPU_DEPTHWISE_TAPS = 15
 _CPU_DEPTHWISE_TAPS_TRAINING = 13
 _POINT_COST = {"cpu": 25, "cuda": 8}
+# From so many taps on `auto` stays away from the direct gradient of a dense 2-D kernel on CPU, whatever the cost: with
+# oneDNN for AVX-512 (PyTorch 2.14.1) the float32 gradient of 31 x 3 taps on a 16 x 16 map, 19 x 5 on 10 x 10, and
+# others whose height is 2 H - 1 and width much less, writes outside its memory. `_reachable_same` cuts taller kernels
+# to just that height.
+_CPU_DENSE_TAPS_TRAINING = 19
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
@@ -169,13 +174,15 @@ def _choose(x: Tensor, weight: Tensor, backend: str, depthwise: bool) -> str:
 
 
 def _fft_pays(x: Tensor, weight: Tensor, depthwise: bool) -> bool:
-    """Whether the FFT is expected to be faster than the direct convolution, whatever the batch size."""
+    """Whether the FFT is expected to be faster than the direct convolution, whatever the batch size, or is safer."""
     device_type = x.device.type
     if device_type not in _POINT_COST:
         return False
     taps = weight.shape[2:]
-    if depthwise and device_type == "cpu":
-        training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if device_type == "cpu" and not depthwise and len(taps) == 2 and training and max(taps) >= _CPU_DENSE_TAPS_TRAINING:
+        return True
+    if device_type == "cpu" and depthwise:
         return max(taps) >= (_CPU_DEPTHWISE_TAPS_TRAINING if training else _CPU_DEPTHWISE_TAPS)
     size = x.shape[2:]
     reach = [t // 2 if len(taps) == 2 else t - 1 for t in taps]
