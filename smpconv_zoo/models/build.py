@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -87,13 +88,18 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=match_state_dict,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        feature_cfg={"out_indices": tuple(range(_depth(model_cls, kwargs))), "feature_cls": "getter"},
         **kwargs,
     )
     # timm keeps the cfg with the network; the weights that came with it are in the network already.
     cfg: Any = model.pretrained_cfg
     cfg.pop("state_dict", None)
     return model
+
+
+def _depth(model_cls: type[nn.Module], arguments: dict[str, Any]) -> int:
+    """Stages or blocks of a network, one for each entry of ``dims``."""
+    return len(arguments.get("dims", inspect.signature(model_cls).parameters["dims"].default))
 
 
 def _load_weights(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> dict[str, Any]:
