@@ -11,7 +11,7 @@ import io
 import math
 import pickle
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -61,6 +61,15 @@ KINDS = ["smpconv_t", "smpconv_resnet_cifar", "smpconv_tcn_mnist", "smpconv_tcn_
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 SCRIPT_IS_DEPRECATED = "ignore:.torch.jit.*deprecated"
 NODES_DIFFER = "ignore:NOTE. The nodes obtained by tracing:UserWarning"  # torchvision's advice about its return nodes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from threads, and on a busy machine threads that wait for each other cost tenfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def small_arguments(name: str) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
             there = ", ".join(tags) or "none"
             raise RuntimeError(f"{variant} has no checkpoint tag {pretrained_cfg!r}; its tags are: {there}")
     if pretrained:
-        overlay.update(_load_weights(variant, pretrained_cfg, overlay))
+        overlay.update(_load_weights(variant, pretrained_cfg, overlay, kwargs.get("num_classes")))
     model: ModelT = build_model_with_cfg(
         model_cls,
         variant,
@@ -102,7 +102,9 @@ def _depth(model_cls: type[nn.Module], arguments: dict[str, Any]) -> int:
     return len(arguments.get("dims", inspect.signature(model_cls).parameters["dims"].default))
 
 
-def _load_weights(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) -> dict[str, Any]:
+def _load_weights(
+    variant: str, pretrained_cfg: Any, overlay: dict[str, Any], num_classes: int | None
+) -> dict[str, Any]:
     """Cfg entries that hand timm verified weights, empty where timm fetches them itself (hub, url, given in memory)."""
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
     if cfg.source in ("hf-hub", "local-dir") or cfg.state_dict:
@@ -110,7 +112,13 @@ def _load_weights(variant: str, pretrained_cfg: Any, overlay: dict[str, Any]) ->
     checkpoint = f"{variant}.{cfg.tag}" if cfg.tag else variant
     card = checkpoint_card(checkpoint) if checkpoint in list_checkpoints() else None
     if overlay.get("file"):
-        return {"state_dict": read_checkpoint(overlay["file"])}
+        weights = remap_reference_state_dict(read_checkpoint(overlay["file"]))
+        entries: dict[str, Any] = {"state_dict": weights}
+        # timm drops a classifier unless the cfg has as many classes as the network, and the cfg is of other weights.
+        classifier = weights.get(f"{cfg.classifier}.weight")
+        if classifier is not None and classifier.size(0) == num_classes and "num_classes" not in overlay:
+            entries["num_classes"] = num_classes
+        return entries
     if card is not None and card.status == "embedded" and "file" not in overlay:
         return {"state_dict": load_embedded(card)[0]}
     if cfg.file:
@@ -146,7 +154,7 @@ def match_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
         return other_classes and name.startswith(f"{classifier}.")
 
     missing = [name for name in own if name not in state_dict and not free(name)]
-    unexpected = [name for name in state_dict if name not in own and not free(name)]
+    unexpected = sorted(name for name in state_dict if name not in own and not free(name))
     if missing or unexpected:
         raise CheckpointError(
             f"these weights are not of this network: missing keys {_some(missing)}, unexpected keys {_some(unexpected)}"
