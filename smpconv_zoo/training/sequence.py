@@ -277,11 +277,14 @@ def run_recipe(
 
     Raises:
         FileExistsError: The folder holds a run of this checkpoint already; nothing was touched.
-        ValueError, FloatingPointError: See :func:`train_sequences`.
+        ValueError: The id names another network than the recipe; or see :func:`train_sequences`.
+        FloatingPointError: See :func:`train_sequences`.
     """
+    if recipe.id.partition(".")[0] != recipe.network:
+        raise ValueError(f"{recipe.id} cannot be made from another network, {recipe.network!r}")
     log_path = folder / f"{recipe.id}.jsonl"
     if log_path.exists():
-        raise FileExistsError(f"{log_path} is the log of another run, which was left as it is; choose another folder")
+        raise FileExistsError(f"{log_path} is the log of another run, which was left as it was; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(log_path, recipe=dataclasses.asdict(recipe), hardware=hardware(device), final=final)
 
