@@ -346,7 +346,11 @@ def test_first_training_step_is_the_references() -> None:
     clip_radius_(network)
     assert any(not torch.equal(parameters[name], radius) for name, radius in unclipped.items())
 
-    for prefix, state in (("after_step/", network.state_dict()), ("ema_after_step/", average.ema.state_dict())):
+    stepped, averaged = network.state_dict(), average.ema.state_dict()
+    for prefix, state, parameter_kind in (
+        ("after_step/", stepped, "optimizer step"),
+        ("ema_after_step/", averaged, "averaged weights"),
+    ):
         expected = remap_reference_state_dict(below(values, prefix))
         assert expected.keys() == state.keys()
         for name, reference in expected.items():
@@ -355,7 +359,7 @@ def test_first_training_step_is_the_references() -> None:
             if name in reliable:
                 # Elsewhere the sign of rounding noise decides: one step up or down, and no more.
                 assert (state[name] - reference).abs().max() <= 2.001 * settings["lr"], name
-                kind, ours = "optimizer step", reliable_values(*ours, reliable[name])
+                kind, ours = parameter_kind, reliable_values(*ours, reliable[name])
             assert_equal_to_reference(*ours, kind, prefix + name)
 
 
