@@ -1,7 +1,7 @@
 """The reference's state dicts, gradients and module names under ours, for the equality tests.
 
-Everything goes through the package's own `remap_reference_state_dict`: a second table of names here could hide a mistake
-in the first.
+Everything goes through the package's own `remap_reference_state_dict`: a second table of names here could hide a
+mistake in the first.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""No reference file is forgotten, and the ones that were copied into the repository are still the ones that were made."""
+"""No reference file is forgotten by the tests, and the copies in the repository are still what was made."""
 
 import ast
 import re

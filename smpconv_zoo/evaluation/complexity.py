@@ -27,16 +27,16 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
-    """Count the multiply-accumulates of one inference, without computing anything: shapes alone run through the network.
+    """Count the multiply-accumulates of one inference; nothing is computed, only shapes run through the network.
 
     Args:
         model: A network on any device, the meta device included; it is left as it was.
         input_shape: Shape of the input with its batch, such as ``(1, 3, 224, 224)``.
 
     Returns:
-        ``total``, which is the sum of ``conv`` (ordinary convolutions other than the next two), ``pointwise`` (one tap),
-        ``depthwise``, ``smpconv`` (continuous convolutions) and ``linear``; and, not part of it, ``rendering`` (points x
-        taps x kernels) and ``norm`` (two per value normalised: scale and shift).
+        ``total``, which is the sum of ``conv`` (ordinary convolutions other than the next two), ``pointwise`` (one
+        tap), ``depthwise``, ``smpconv`` (continuous convolutions) and ``linear``; and, not part of it, ``rendering``
+        (points x taps x kernels) and ``norm`` (two per value normalised: scale and shift).
     """
     macs = dict.fromkeys((*PARTS, "rendering", "norm"), 0)
 
