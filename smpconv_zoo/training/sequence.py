@@ -29,8 +29,11 @@ from smpconv_zoo.data.mnist5k import mnist5k_images
 from smpconv_zoo.data.protocol import pixel_permutation
 from smpconv_zoo.environment import hardware, versions
 from smpconv_zoo.evaluation.classification import top1
+from smpconv_zoo.evaluation.complexity import count_macs
+from smpconv_zoo.evaluation.golden import golden_logits
 from smpconv_zoo.files import write_whole
 from smpconv_zoo.layers import clip_radius_
+from smpconv_zoo.models.build import sample_shape
 from smpconv_zoo.pretrained.cards import CheckpointCard, Data, MeasuredResult, Training, WeightFile
 from smpconv_zoo.training.augment import augment_digits
 from smpconv_zoo.training.groups import sequence_parameter_groups
@@ -228,7 +231,9 @@ def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str
         arguments=recipe.arguments,
         status="embedded",
         files=(WeightFile(weights.name, digest, weights.stat().st_size),),
+        tensors=len(model.state_dict()),
         parameters=sum(p.numel() for p in model.parameters()),
+        macs=count_macs(model, (1, *sample_shape(model)))["total"],
         data=Data(
             name="mnist5k",
             input=recipe.input,
@@ -253,6 +258,8 @@ def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str
             hardware=hardware(device),
             versions=versions(),
         ),
+        golden=golden_logits(model),
+        hub=None,
         license="MIT",
         origin="trained by smpconv_zoo from random initialisation",
     )
