@@ -1,4 +1,4 @@
-"""A Hugging Face Hub look-alike on loopback, for tests: real clients push to it and read from it, and it fails on demand.
+"""A Hugging Face Hub look-alike on loopback, for tests: real clients push to it and read from it, and it can fail.
 
 From a test::
 
@@ -9,8 +9,8 @@ From a test::
 
 From a shell: ``python tests/hub_server.py --root DIR --port P``, then ``curl -d '{"kind": "hang"}' .../__faults__``.
 
-Models live under ``ROOT/models/<org>/<name>`` as ordinary git repositories with LFS pointers, the layout of olah's
-``mirrors-path``; `olah_reader` serves the same store by code that knows nothing of this one.
+The store is in `hub_store`, what can fail in `hub_faults`. `olah_reader` serves the same store by code that knows
+nothing of this one.
 
 It answers what huggingface_hub 2.4 asks for, as read off that client: acceptance here is no proof that the real Hub
 accepts. Models only; no gated repositories, no paging; bodies are held in memory.
@@ -19,11 +19,8 @@ accepts. Models only; no gated repositories, no paging; bodies are held in memor
 from __future__ import annotations
 
 import argparse
-import asyncio
 import base64
 import contextlib
-import dataclasses
-import fnmatch
 import hashlib
 import http.client
 import json
@@ -31,7 +28,6 @@ import os
 import re
 import shutil
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -39,7 +35,7 @@ import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -47,491 +43,17 @@ from typing import Any
 
 import uvicorn
 import yaml
+from hub_faults import Call, Control, Gate
+from hub_store import LFS_SUFFIXES, USER, HubError, Repository, XetStore, lfs_pointer
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Match, Route
-from starlette.types import Message, Receive, Scope, Send
+from starlette.routing import Route
 
 TOKEN = "hf_test"
-USER = "tester"
-
-LFS_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz", ".onnx", ".gz", ".zip", ".tar", ".h5")
 LFS_BYTES = 10 * 2**20
-GITATTRIBUTES = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
-POINTER = re.compile(rb"version https://git-lfs\.github\.com/spec/v1\noid sha256:([0-9a-f]{64})\nsize (\d+)\n")
 FRONT_MATTER = re.compile(r"^---\r?\n(.*?)\r?\n---", re.DOTALL)
-TRUE = ("1", "true", "True")
-
-
-class HubError(Exception):
-    """An answer other than success, in the Hub's words: the client chooses its exception by ``X-Error-Code``."""
-
-    def __init__(self, status: int, message: str, code: str = "", headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
-
-
-# ---------------------------------------------------------------------------------------------------------------- store
-
-
-class XetStore:
-    """The directory that hf_xet uses in place of its content-addressed server.
-
-    The token route names it to the client as ``local://DIR``, which hf_xet 1.8 takes, undocumented. hf_xet locks it
-    for as long as a process has it open: one client at a time.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self.directory = root / "xet"
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self.url = f"local://{self.directory}"
-
-    def files(self) -> dict[str, tuple[str, int]]:
-        """Xet hash and size of every file in the store, by sha256, from hf_xet's metadata shards."""
-        found = {}
-        for shard in (self.directory / "xet" / "xorbs" / "shards").glob("*.mdb"):
-            data = shard.read_bytes()
-            position = 48  # behind the shard's header
-            while position + 48 <= len(data) and data[position : position + 32] != b"\xff" * 32:
-                xet_hash = _xet_hex(data[position : position + 32])
-                flags, segments = struct.unpack_from("<II", data, position + 32)
-                position += 48
-                size = sum(struct.unpack_from("<I", data, position + 48 * i + 36)[0] for i in range(segments))
-                position += 48 * segments
-                if flags & 1 << 31:  # one verification entry a segment
-                    position += 48 * segments
-                if flags & 1 << 30:  # the sha256 of the whole file
-                    found[_xet_hex(data[position : position + 32])] = (xet_hash, size)
-                    position += 48
-        return found
-
-    def fetch(self, sha256: str, target: Path) -> None:
-        """Write the file ``sha256`` to ``target``, if the store has it."""
-        entry = self.files().get(sha256)
-        if entry is None:
-            return
-        aside = target.with_name(f"{target.name}.xet")
-        code = (
-            "import sys, hf_xet\n"
-            "url, xet_hash, size, target = sys.argv[1:]\n"
-            "group = hf_xet.XetSession().new_file_download_group(\n"
-            "    endpoint=url, token='x', token_expiry_unix_secs=2**40)\n"
-            "with group: group.start_download_file(hf_xet.XetFileInfo(xet_hash, int(size)), target)\n"
-        )
-        # In a process of its own, for the lock goes only when the process that took it ends.
-        done = subprocess.run(
-            [sys.executable, "-c", code, self.url, entry[0], str(entry[1]), str(aside)], capture_output=True, text=True
-        )
-        if done.returncode:
-            raise HubError(503, f"the Xet store is in use: {done.stderr.strip().splitlines()[-1]}")
-        if hashlib.sha256(aside.read_bytes()).hexdigest() != sha256:
-            raise HubError(500, f"the Xet store does not give {sha256} back")
-        os.replace(aside, target)
-
-
-def _xet_hex(data: bytes) -> str:
-    """hf_xet prints a hash as four little-endian words."""
-    return "".join(f"{word:016x}" for word in struct.unpack("<4Q", data))
-
-
-class Repository:
-    """One model: a git repository with an empty work tree and LFS objects."""
-
-    def __init__(self, root: Path, repo_id: str, xet: XetStore | None = None) -> None:
-        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", repo_id):
-            raise HubError(404, "Repository not found", "RepoNotFound")
-        self.id, self.xet = repo_id, xet
-        self.path = root / "models" / repo_id
-        self.git_dir = self.path / ".git"
-
-    def git(self, *arguments: str, stdin: bytes | None = None, index: Path | None = None) -> bytes:
-        env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
-        env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull}
-        for role in ("AUTHOR", "COMMITTER"):
-            env |= {f"GIT_{role}_NAME": USER, f"GIT_{role}_EMAIL": f"{USER}@localhost"}
-        if index:
-            env["GIT_INDEX_FILE"] = str(index)
-        command = ["git", "-C", str(self.path), *arguments]
-        return subprocess.run(command, input=stdin, capture_output=True, env=env, check=True).stdout
-
-    @property
-    def exists(self) -> bool:
-        return self.git_dir.is_dir()
-
-    @property
-    def private(self) -> bool:
-        return (self.git_dir / "hub-private").exists()
-
-    def create(self, private: bool) -> None:
-        self.path.mkdir(parents=True)
-        self.git("init", "-q", "-b", "main")
-        if private:
-            (self.git_dir / "hub-private").touch()
-        self.commit("refs/heads/main", None, {".gitattributes": GITATTRIBUTES}, [], "initial commit")
-
-    def revision(self, name: str) -> str | None:
-        """The commit of a branch, tag, reference or (short) hash."""
-        if name.startswith("-"):
-            return None
-        try:
-            return self.git("rev-parse", "--verify", "-q", f"{name}^{{commit}}").decode().strip()
-        except subprocess.CalledProcessError:
-            return None
-
-    def need_revision(self, name: str) -> str:
-        commit = self.revision(name)
-        if commit is None:
-            raise HubError(404, f"Invalid rev id: {name}", "RevisionNotFound")
-        return commit
-
-    def tree(self, commit: str, folder: str = "", recursive: bool = True) -> list[dict[str, Any]]:
-        """The Hub's tree entries of a commit."""
-        hashes = self.xet.files() if self.xet else {}
-        entries = []
-        options = ("-r", "-t") if recursive else ()
-        for line in self.git("ls-tree", "-z", "-l", *options, f"{commit}:{folder}").split(b"\0")[:-1]:
-            meta, name = line.decode().split("\t", 1)
-            _, kind, oid, size = meta.split()
-            path = f"{folder}/{name}" if folder else name
-            if kind == "tree":
-                entries.append({"type": "directory", "oid": oid, "size": 0, "path": path})
-                continue
-            entry: dict[str, Any] = {"type": "file", "oid": oid, "size": int(size), "path": path}
-            pointer = POINTER.fullmatch(self.git("cat-file", "blob", oid)) if int(size) < 200 else None
-            if pointer:
-                sha256, entry["size"] = pointer[1].decode(), int(pointer[2])
-                entry["lfs"] = {"oid": sha256, "size": entry["size"], "pointerSize": int(size)}
-                if sha256 in hashes:
-                    entry["xetHash"] = hashes[sha256][0]
-            entries.append(entry)
-        return entries
-
-    def files(self, commit: str) -> dict[str, dict[str, Any]]:
-        return {entry["path"]: entry for entry in self.tree(commit) if entry["type"] == "file"}
-
-    def read(self, entry: Mapping[str, Any]) -> bytes:
-        """The content of a tree entry, LFS pointers followed."""
-        return self.lfs_object(entry["lfs"]["oid"]) if "lfs" in entry else self.git("cat-file", "blob", entry["oid"])
-
-    def lfs_path(self, sha256: str) -> Path:
-        if not re.fullmatch("[0-9a-f]{64}", sha256):
-            raise HubError(422, f"not a sha256: {sha256}")
-        return self.git_dir / "lfs" / "objects" / sha256[:2] / sha256[2:4] / sha256
-
-    def lfs_object(self, sha256: str) -> bytes:
-        path = self.lfs_path(sha256)
-        if not path.exists() and self.xet:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.xet.fetch(sha256, path)
-        if not path.exists():
-            raise HubError(404, "no such object", "EntryNotFound")
-        return path.read_bytes()
-
-    def lfs_size(self, sha256: str) -> int | None:
-        path = self.lfs_path(sha256)
-        if path.exists():
-            return path.stat().st_size
-        return self.xet.files().get(sha256, (None, None))[1] if self.xet else None
-
-    def write_lfs_object(self, sha256: str, data: bytes) -> None:
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise HubError(422, "the content does not have this sha256")
-        path = self.lfs_path(sha256)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
-
-    def commit(self, ref: str, parent: str | None, added: Mapping[str, bytes], deleted: list[str], message: str) -> str:
-        """Commit on top of ``parent``; a deleted path that ends in a slash is a folder."""
-        index: dict[str, str] = {}
-        if parent:
-            for line in self.git("ls-tree", "-r", "-z", parent).decode().split("\0")[:-1]:
-                meta, path = line.split("\t", 1)
-                index[path] = meta.split()[2]
-        for path in deleted:
-            gone = [name for name in index if name == path or (path.endswith("/") and name.startswith(path))]
-            if not gone:
-                raise HubError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
-            for name in gone:
-                del index[name]
-        for path, data in added.items():
-            index[path] = self.git("hash-object", "-w", "--stdin", stdin=data).decode().strip()
-        with tempfile.TemporaryDirectory(dir=self.git_dir) as scratch:
-            lines = "".join(f"100644 {oid}\t{path}\0" for path, oid in index.items()).encode()
-            self.git("update-index", "-z", "--index-info", stdin=lines, index=Path(scratch) / "index")
-            tree = self.git("write-tree", index=Path(scratch) / "index").decode().strip()
-        parents = ("-p", parent) if parent else ()
-        commit = self.git("commit-tree", tree, *parents, "-m", message).decode().strip()
-        self.git("update-ref", ref, commit, *([parent] if parent else []))
-        return commit
-
-    def references(self, prefix: str) -> list[dict[str, str]]:
-        lines = self.git("for-each-ref", "--format=%(refname:lstrip=2) %(refname) %(objectname)", prefix).decode()
-        keys = ("name", "ref", "targetCommit")
-        return [dict(zip(keys, line.split(), strict=True)) for line in lines.splitlines()]
-
-
-# --------------------------------------------------------------------------------------------------------------- faults
-
-# Where a fault of a kind strikes unless it names its route; a kind not listed strikes anywhere.
-FILE_ROUTES = ("resolve", "blob")
-DEFAULT_ROUTES = {"truncate": FILE_ROUTES, "die": FILE_ROUTES, "flip": FILE_ROUTES, "slow": FILE_ROUTES}
-DEFAULT_ROUTES["swap"] = ("resolve",)
-INSTEAD = ("status", "refuse", "hang")
-BODY = ("truncate", "die", "flip", "slow")
-
-
-@dataclasses.dataclass
-class Fault:
-    """One thing that goes wrong.
-
-    Attributes:
-        kind: ``truncate``: a shorter body, consistent with its Content-Length. ``die``: the connection closes inside
-            the body. ``flip``: one byte differs. ``slow``: a limited rate. ``swap``: another file under the same name
-            and commit, consistent in itself; tree and paths-info still tell of the true one. ``status``: an error
-            status. ``refuse``: the token is refused (requests without one pass). ``hang``: no answer.
-        route: Name of the route it strikes; empty for the kind's own choice, see `DEFAULT_ROUTES`.
-        path: Pattern that the URL's path has to match.
-        method: HTTP method, ``*`` for any.
-        times: How many requests it strikes, None for all.
-        after: Bytes of the body that still arrive (truncate, die), half of them if None.
-        offset: Byte of the file that is flipped, the middle of the body if None.
-        code: HTTP status (status: 500 if None; refuse: 401 or 403, 401 if None).
-        rate: Bytes a second (slow).
-        content: The other file (swap), in base64.
-    """
-
-    kind: str
-    route: str = ""
-    path: str = "*"
-    method: str = "*"
-    times: int | None = None
-    after: int | None = None
-    offset: int | None = None
-    code: int | None = None
-    rate: int | None = None
-    content: str | None = None
-
-    def __post_init__(self) -> None:
-        needs = {"slow": self.rate, "swap": self.content}
-        if self.kind not in (*INSTEAD, *BODY, "swap"):
-            raise ValueError(f"no fault of kind {self.kind!r}")
-        if needs.get(self.kind, "nothing") is None:
-            raise ValueError(f"a fault of kind {self.kind!r} needs {'rate' if self.kind == 'slow' else 'content'}")
-
-    def strikes(self, entry: Mapping[str, Any]) -> bool:
-        routes = (self.route,) if self.route else DEFAULT_ROUTES.get(self.kind, (entry["route"],))
-        return (
-            self.times != 0
-            and entry["route"] in routes
-            and self.method in ("*", entry["method"])
-            and fnmatch.fnmatchcase(entry["path"], self.path)
-            and (self.kind != "refuse" or entry["authenticated"])
-        )
-
-
-class Control:
-    """The faults to come and the requests so far."""
-
-    def __init__(self) -> None:
-        self.faults: list[Fault] = []
-        self.log: list[dict[str, Any]] = []
-        self.lock = threading.Lock()
-
-    def take(
-        self, entry: dict[str, Any], kinds: tuple[str, ...], fits: Callable[[Fault], bool] = lambda fault: True
-    ) -> list[Fault]:
-        """The faults that strike a request, the first of each kind; they are counted and noted in its log entry."""
-        taken: dict[str, Fault] = {}
-        with self.lock:
-            for fault in self.faults:
-                if fault.kind in kinds and fault.kind not in taken and fault.strikes(entry) and fits(fault):
-                    taken[fault.kind] = fault
-                    if fault.times is not None:
-                        fault.times -= 1
-            entry["faults"] += list(taken)
-        return list(taken.values())
-
-    def add_fault(self, call: Call) -> Response:
-        try:
-            fault = Fault(**call.json())
-        except (TypeError, ValueError) as error:
-            raise HubError(400, str(error)) from error
-        with self.lock:
-            self.faults.append(fault)
-        return self.list_faults(call)
-
-    def list_faults(self, call: Call) -> Response:
-        with self.lock:
-            return JSONResponse([dataclasses.asdict(fault) for fault in self.faults])
-
-    def clear_faults(self, call: Call) -> Response:
-        with self.lock:
-            self.faults.clear()
-        return Response()
-
-    def list_log(self, call: Call) -> Response:
-        with self.lock:
-            return JSONResponse(self.log)
-
-    def clear_log(self, call: Call) -> Response:
-        with self.lock:
-            self.log.clear()
-        return Response()
-
-
-class Gate:
-    """Around the application: logs each request and lets the faults strike."""
-
-    def __init__(self, app: Starlette, control: Control) -> None:
-        self.app, self.control = app, control
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        # A revision arrives as refs%2Fpr%2F1 and must stay one segment; the server has decoded it already.
-        segments = scope["raw_path"].decode().split("/")
-        scope["path"] = "/".join(urllib.parse.unquote(part).replace("/", "%2F") for part in segments)
-        if scope["path"].startswith("/__"):
-            await self.app(scope, receive, send)
-            return
-        headers = Request(scope).headers
-        entry = {
-            "route": self._route(scope),
-            "method": scope["method"],
-            "path": scope["path"],
-            "query": scope["query_string"].decode(),
-            "range": headers.get("range"),
-            "authenticated": "authorization" in headers,
-            "status": None,
-            "faults": [],
-        }
-        with self.control.lock:
-            self.control.log.append(entry)
-        scope["hub.entry"] = entry
-        instead = self.control.take(entry, INSTEAD)
-        if instead:
-            await self._answer_instead(instead[0], scope, receive, self._noting(entry, send))
-        else:
-            await self.app(scope, receive, self._spoiled(entry, send))
-
-    def _route(self, scope: Scope) -> str:
-        names = (route.name for route in self.app.routes if route.matches(scope)[0] == Match.FULL)
-        return next(names, "unknown")
-
-    @staticmethod
-    def _noting(entry: dict[str, Any], send: Send) -> Send:
-        async def noting(message: Message) -> None:
-            entry["status"] = message.get("status", entry["status"])
-            await send(message)
-
-        return noting
-
-    @staticmethod
-    async def _answer_instead(fault: Fault, scope: Scope, receive: Receive, send: Send) -> None:
-        # The request is read to its end: a client that is still sending would see a broken pipe, not the answer.
-        while (message := await receive())["type"] == "http.request" and message.get("more_body"):
-            pass
-        if fault.kind == "hang":
-            while message["type"] != "http.disconnect":
-                message = await receive()
-            return
-        if fault.kind == "refuse":
-            code = fault.code or 401
-            text = "Invalid credentials in Authorization header" if code == 401 else "this token may not do that"
-        else:
-            code, text = fault.code or 500, "injected fault"
-        await JSONResponse({"error": text}, code, {"X-Error-Message": text})(scope, receive, send)
-
-    def _spoiled(self, entry: dict[str, Any], send: Send) -> Send:
-        """``send`` with the body faults in between."""
-        faults: dict[str, Fault] = {}
-        limit = flip = -1  # counted from the start of this body
-        position = 0
-
-        def begin(message: Message) -> None:
-            nonlocal limit, flip
-            entry["status"] = message["status"]
-            headers = MutableHeaders(raw=message["headers"])
-            length = int(headers.get("content-length", 0))
-            if entry["method"] == "HEAD" or message["status"] not in (200, 206) or not length:
-                return
-            part = re.match(r"bytes (\d+)-", headers.get("content-range", ""))
-            first = int(part[1]) if part else 0
-
-            def fits(fault: Fault) -> bool:
-                if fault.kind == "flip" and fault.offset is not None:
-                    return first <= fault.offset < first + length
-                return fault.kind == "slow" or fault.after is None or fault.after < length
-
-            faults.update({fault.kind: fault for fault in self.control.take(entry, BODY, fits)})
-            for kind in ("truncate", "die"):
-                if kind in faults:
-                    after = faults[kind].after
-                    limit = length // 2 if after is None else after
-            if "flip" in faults:
-                offset = faults["flip"].offset
-                flip = length // 2 if offset is None else offset - first
-            if "truncate" in faults:
-                headers["content-length"] = str(limit)
-
-        async def spoiled(message: Message) -> None:
-            nonlocal position
-            if message["type"] == "http.response.start":
-                begin(message)
-                await send(message)
-                return
-            data = bytearray(message.get("body", b""))
-            start, position = position, position + len(data)
-            if start <= flip < position:
-                data[flip - start] ^= 0x01
-            ends = not message.get("more_body", False)
-            if limit >= 0:
-                del data[max(limit - start, 0) :]
-            if "slow" in faults:
-                rate = faults["slow"].rate or 1
-                step = max(rate // 20, 1)
-                for piece in range(0, len(data), step):
-                    body = bytes(data[piece : piece + step])
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-                    await asyncio.sleep(step / rate)
-                data.clear()
-            # An answer that is never completed makes uvicorn close the connection.
-            ends = ends and "die" not in faults
-            await send({"type": "http.response.body", "body": bytes(data), "more_body": not ends})
-
-        return spoiled
-
-
-# ------------------------------------------------------------------------------------------------------------------ hub
-
-
-@dataclasses.dataclass
-class Call:
-    """A request with its body, for handlers that run in a thread."""
-
-    request: Request
-    body: bytes
-
-    def __getitem__(self, name: str) -> str:
-        return urllib.parse.unquote(self.request.path_params[name])
-
-    @property
-    def path(self) -> str:
-        """The file's path; decoded once already, unlike a revision."""
-        return self.request.path_params.get("path", "").strip("/")
-
-    def json(self) -> Any:
-        return json.loads(self.body) if self.body else {}
-
-    def asks(self, option: str) -> bool:
-        return self.request.query_params.get(option) in TRUE
 
 
 class Hub:
@@ -738,8 +260,7 @@ class Hub:
                 size = repository.lfs_size(value["oid"])
                 if size is None:
                     raise HubError(400, f"LFS pointer pointed to a file that does not exist: {value['path']}")
-                pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{value['oid']}\nsize {size}\n"
-                added[value["path"]] = pointer.encode()
+                added[value["path"]] = lfs_pointer(value["oid"], size)
             elif item["key"] == "deletedFile":
                 deleted.append(value["path"])
             elif item["key"] == "deletedFolder":
@@ -910,9 +431,6 @@ def _content(request: Request, data: bytes, headers: dict[str, str]) -> Response
     return Response(data[first : last + 1], 206, headers, "application/octet-stream")
 
 
-# ------------------------------------------------------------------------------------------------------------ processes
-
-
 def serve(root: Path, port: int, token: str, xet: bool, multipart: int) -> None:
     """Serve until killed, after one line with the endpoint on standard output."""
     with socket.socket() as listener:
@@ -934,39 +452,41 @@ class HubServer:
 
     Args:
         root: Folder of the store, made if missing; a temporary one if None.
+        port: Port on loopback, 0 for a free one.
         token: The only token that is accepted.
         xet: Offer the Xet route, with a directory in the store in place of Xet's servers.
         multipart: Take LFS files in parts of so many bytes; 0 for whole ones.
     """
 
-    def __init__(self, root: Path | None = None, token: str = TOKEN, xet: bool = False, multipart: int = 0) -> None:
-        self.token, self.xet, self.multipart = token, xet, multipart
-        self._scratch = None if root else tempfile.TemporaryDirectory()
-        self.root = Path(root or self._scratch.name).resolve()
-        self.endpoint = ""
-        self._process: subprocess.Popen[str] | None = None
+    def __init__(
+        self, root: Path | None = None, port: int = 0, token: str = TOKEN, xet: bool = False, multipart: int = 0
+    ) -> None:
+        self.port, self.token, self.xet, self.multipart = port, token, xet, multipart
+        self._given_root = root
+        self._cleanup = contextlib.ExitStack()
 
     def __enter__(self) -> HubServer:
+        root = self._given_root or Path(self._cleanup.enter_context(tempfile.TemporaryDirectory()))
+        self.root = root.resolve()
         self.root.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, __file__, "--root", str(self.root), "--token", self.token, "--until-eof"]
-        command += ["--multipart", str(self.multipart), *(["--xet"] if self.xet else [])]
+        command = [sys.executable, __file__, "--root", str(self.root), "--port", str(self.port), "--token", self.token]
+        command += ["--multipart", str(self.multipart), "--until-eof", *(["--xet"] if self.xet else [])]
         with open(self.root / "server.log", "w") as log:
             pipe = subprocess.PIPE
-            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
-        self.endpoint = self._process.stdout.readline().strip()
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True)
+        self._cleanup.callback(process.communicate)
+        self._cleanup.callback(process.kill)
+        self.endpoint = process.stdout.readline().strip() if process.stdout else ""
         if not self.endpoint:
-            self.__exit__(None, None, None)
-            raise RuntimeError(f"the server did not start: {self.errors()}")
+            message = self.errors()
+            self._cleanup.close()
+            raise RuntimeError(f"the server did not start: {message}")
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        process = self._process
-        process.kill()
-        process.communicate()
-        if self._scratch:
-            self._scratch.cleanup()
+        self._cleanup.close()
 
     def environment(self, home: Path, token: str | None = "", xet: bool = False) -> dict[str, str]:
         """Environment for a client process: this server as its Hub, ``home`` as its cache.
