@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from smpconv_zoo.checkpoints import network_names
-from smpconv_zoo.models.build import create_on_meta
+from smpconv_zoo.models.build import create_on_meta, sample_shape
 from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, checkpoint_card, list_checkpoints
 from smpconv_zoo.pretrained.store import how_to_get
 
@@ -36,12 +36,11 @@ def list_networks() -> list[NetworkFacts]:
 def network_facts(name: str) -> NetworkFacts:
     """Size and shape of the network that the entrypoint ``name`` builds; no memory is taken for its weights."""
     model: Any = create_on_meta(name)
-    channels, height, width = model.pretrained_cfg["input_size"]
     return NetworkFacts(
         name=name,
         family=type(model).__name__,
         parameters=sum(p.numel() for p in model.parameters()),
-        input_shape=(channels, width) if getattr(model, "output_fmt", "NCHW") == "NCL" else (channels, height, width),
+        input_shape=sample_shape(model),
         num_classes=model.num_classes,
         checkpoints=tuple(name_ for name_ in list_checkpoints() if checkpoint_card(name_).network == name),
     )

@@ -7,7 +7,7 @@ import re
 import pytest
 from golden_files import ROOT
 
-from smpconv_zoo.evaluation.tables import checkpoint_table
+from smpconv_zoo.evaluation.tables import checkpoint_table, weights_page
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -26,6 +26,10 @@ def test_its_table_is_read_off_the_cards():
     table = re.search(r"<!-- checkpoints: .*? -->\n(.*?)<!-- end -->", README, flags=re.S)
     assert table is not None
     assert table[1] == checkpoint_table()
+
+
+def test_the_page_of_the_weights_is_read_off_the_cards():
+    assert (ROOT / "weights" / "README.md").read_text(encoding="utf-8") == weights_page()
 
 
 def test_its_links_lead_to_files_of_the_repository():

@@ -245,6 +245,13 @@ def check_input(x: Tensor, layout: str, channels: int) -> Tensor:
 register_notrace_function(check_input)
 
 
+def sample_shape(model: nn.Module) -> tuple[int, ...]:
+    """Shape of one input of a network made by its entrypoint: ``(C, H, W)``, or ``(C, L)`` for a sequence network."""
+    cfg: Any = model.pretrained_cfg
+    channels, height, width = cfg["input_size"]
+    return (channels, width) if getattr(model, "output_fmt", "NCHW") == "NCL" else (channels, height, width)
+
+
 def create_on_meta(network: str, **arguments: Any) -> nn.Module:
     """A network without memory for its weights: names, shapes and structure only."""
     return timm.create_model(network, device=torch.device("meta"), **arguments)

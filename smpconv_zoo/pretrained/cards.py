@@ -16,7 +16,7 @@ from typing import Any
 
 __all__ = ["CardError", "CheckpointCard", "checkpoint_card", "list_checkpoints", "load_card", "weights_dir"]
 
-STATUSES = ("embedded", "importable")
+STATUSES = ("embedded", "published", "imported", "importable")
 
 
 class CardError(ValueError):
@@ -75,12 +75,34 @@ class Training:
 
 
 @dataclasses.dataclass(frozen=True)
+class Hub:
+    """Where a checkpoint is published: repository ``organisation/name`` and the commit, 40 hex digits, that is used."""
+
+    repo: str
+    revision: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """Logits that the weights give, float32 on a CPU, for an input that anyone can draw again.
+
+    The input is ``numpy.random.RandomState(seed).standard_normal(shape)``, cast to float32.
+    """
+
+    seed: int
+    shape: tuple[int, ...]
+    logits: tuple[tuple[float, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckpointCard:
     """Card of one checkpoint.
 
-    ``id`` is ``network.tag``. ``status`` is ``"embedded"`` (the weights ship with the package) or ``"importable"``
-    (they are published elsewhere, see ``origin``). ``paper`` is what the authors publish for this task, ``measured``
-    what we measured with these very weights; either may be None.
+    ``id`` is ``network.tag``. ``status`` says where the weights are: ``"embedded"`` (they ship with the package),
+    ``"published"`` (on the Hub, see ``hub``), ``"imported"`` (in the local store of one machine), or ``"importable"``
+    (published by others, see ``origin``). ``tensors`` counts the entries of the state dict, ``macs`` the
+    multiply-accumulates of one input. ``paper`` is what the authors publish for this task, ``measured`` what we
+    measured with these very weights; either may be None.
     """
 
     id: str
@@ -88,11 +110,15 @@ class CheckpointCard:
     arguments: dict[str, Any]
     status: str
     files: tuple[WeightFile, ...]
+    tensors: int
     parameters: int
+    macs: int
     data: Data
     paper: PaperResult | None
     measured: MeasuredResult | None
     training: Training | None
+    golden: Golden | None
+    hub: Hub | None
     license: str
     origin: str
 
@@ -142,12 +168,16 @@ def load_card(path: Path) -> CheckpointCard:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CardError(f"{path.name} is not a JSON card: {error}") from error
     assert isinstance(card, CheckpointCard)
-    if f"{card.id}.json" != path.name or card.id != f"{card.network}.{card.tag}" or not card.tag:
+    if path.name not in (f"{card.id}.json", "card.json") or card.id != f"{card.network}.{card.tag}" or not card.tag:
         raise CardError(f"{path.name} declares id {card.id!r} and network {card.network!r}, which do not fit its name")
     if card.status not in STATUSES:
         raise CardError(f"{path.name}: status must be one of {STATUSES}, got {card.status!r}")
-    if (card.status == "embedded") != bool(card.files):
-        raise CardError(f"{path.name}: embedded checkpoints have files, others none")
+    if (card.status == "importable") == bool(card.files):
+        raise CardError(f"{path.name}: a checkpoint has files unless it is importable, this one is {card.status}")
+    if card.status == "published" and card.hub is None:
+        raise CardError(f"{path.name}: a published checkpoint names its hub repository and revision")
+    if card.hub is not None and (len(card.hub.revision) != 40 or set(card.hub.revision) - set("0123456789abcdef")):
+        raise CardError(f"{path.name}: the hub revision must be a full commit hash, got {card.hub.revision!r}")
     for file in card.files:
         if Path(file.name).name != file.name:
             raise CardError(f"{path.name}: {file.name!r} is not a plain file name")

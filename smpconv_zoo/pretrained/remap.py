@@ -100,4 +100,7 @@ def _sequence_tensor(name: str, tensor: Tensor) -> Tensor:
 
 
 def _sequence_grid(length: int, coords: Tensor) -> Tensor:
+    if length < 2:
+        # The reference stores 0 until its first forward. No network has such a grid: the check of shapes refuses it.
+        return coords.new_zeros((coords.size(-1),) + (max(length, 0),) * coords.size(-1))
     return tap_grid((length,) * coords.size(-1), dtype=coords.dtype)

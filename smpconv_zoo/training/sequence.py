@@ -29,8 +29,11 @@ from smpconv_zoo.data.mnist5k import mnist5k_images
 from smpconv_zoo.data.protocol import pixel_permutation
 from smpconv_zoo.environment import hardware, versions
 from smpconv_zoo.evaluation.classification import top1
+from smpconv_zoo.evaluation.complexity import count_macs
+from smpconv_zoo.evaluation.golden import golden_logits
 from smpconv_zoo.files import write_whole
 from smpconv_zoo.layers import clip_radius_
+from smpconv_zoo.models.build import sample_shape
 from smpconv_zoo.pretrained.cards import CheckpointCard, Data, MeasuredResult, Training, WeightFile
 from smpconv_zoo.training.augment import augment_digits
 from smpconv_zoo.training.groups import sequence_parameter_groups
@@ -228,7 +231,9 @@ def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str
         arguments=recipe.arguments,
         status="embedded",
         files=(WeightFile(weights.name, digest, weights.stat().st_size),),
+        tensors=len(model.state_dict()),
         parameters=sum(p.numel() for p in model.parameters()),
+        macs=count_macs(model, (1, *sample_shape(model)))["total"],
         data=Data(
             name="mnist5k",
             input=recipe.input,
@@ -253,6 +258,8 @@ def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str
             hardware=hardware(device),
             versions=versions(),
         ),
+        golden=golden_logits(model),
+        hub=None,
         license="MIT",
         origin="trained by smpconv_zoo from random initialisation",
     )
@@ -277,11 +284,14 @@ def run_recipe(
 
     Raises:
         FileExistsError: The folder holds a run of this checkpoint already; nothing was touched.
-        ValueError, FloatingPointError: See :func:`train_sequences`.
+        ValueError: The id names another network than the recipe; or see :func:`train_sequences`.
+        FloatingPointError: See :func:`train_sequences`.
     """
+    if recipe.id.partition(".")[0] != recipe.network:
+        raise ValueError(f"{recipe.id} cannot be made from another network, {recipe.network!r}")
     log_path = folder / f"{recipe.id}.jsonl"
     if log_path.exists():
-        raise FileExistsError(f"{log_path} is the log of another run, which was left as it is; choose another folder")
+        raise FileExistsError(f"{log_path} is the log of another run, which was left as it was; choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     log = RunLog(log_path, recipe=dataclasses.asdict(recipe), hardware=hardware(device), final=final)
 
