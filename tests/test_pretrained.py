@@ -336,6 +336,7 @@ def test_a_card_is_true(checkpoint: str) -> None:
     assert card.id == checkpoint == f"{card.network}.{card.tag}"
     model: Any = timm.create_model(card.network, device=torch.device("meta"), **card.arguments)
     assert sum(p.numel() for p in model.parameters()) == card.parameters
+    assert len(model.state_dict()) == card.tensors
     assert card.license == "MIT" and card.origin
     cfg: Any = timm.get_pretrained_cfg(checkpoint)
     assert cfg.license == "mit" and card.data.name in cfg.description
@@ -374,9 +375,9 @@ def put(card: Any, where: tuple[Any, ...], value: Any) -> Any:
             "declares id 'smpconv_tcn_mnist.other' and network .* do not fit",
         ),
         (("network",), "smpconv_tcn", "which do not fit its name"),
-        (("status",), "lost", r"status must be one of \('embedded', 'importable'\), got 'lost'"),
-        (("status",), "importable", "embedded checkpoints have files, others none"),
-        (("files",), [], "embedded checkpoints have files, others none"),
+        (("status",), "lost", r"status must be one of \('embedded', .*'importable'\), got 'lost'"),
+        (("status",), "importable", "a checkpoint has files unless it is importable, this one is importable"),
+        (("files",), [], "a checkpoint has files unless it is importable, this one is embedded"),
         (("files", 0, "name"), "../w.safetensors", "is not a plain file name"),
         (("files", 0, "sha256"), "abc", "needs a full sha256, got 'abc'"),
         (("files", 0, "sha256"), "A" * 64, "needs a full sha256"),

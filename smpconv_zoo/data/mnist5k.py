@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .protocol import permute_pixels
+from smpconv_zoo.data.protocol import permute_pixels
 
 __all__ = [
     "draw_mnist5k_split",
