@@ -77,12 +77,12 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
         tags = [name.partition(".")[2] for name in timm.list_models(f"{variant}.*", include_tags=True)]
         if pretrained_cfg and pretrained_cfg not in tags:
             raise RuntimeError(f"{variant} has no checkpoint tag {pretrained_cfg!r}; its tags are: {', '.join(tags)}")
-    replaced: dict[str, Any] = {}
+    source = None
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
         if not cfg.state_dict:
-            # Weights at hand come before any other source, except for what a cfg was read from.
-            replaced = {"source": cfg.source}
+            # timm would read a cfg's own repository or folder itself, before it looks at the weights given to it.
+            source = cfg.source
             overlay |= {"state_dict": _load_weights(variant, cfg, overlay, kwargs.get("cache_dir")), "source": None}
     model: ModelT = build_model_with_cfg(
         model_cls,
@@ -97,7 +97,9 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
     # timm keeps the cfg with the network; the weights that came with it are in the network already.
     own: Any = model.pretrained_cfg
     own.pop("state_dict", None)
-    own.update(replaced)
+    if pretrained and own.get("source", "") is None:
+        own.pop("source")
+        own.update({"source": source} if source else {})
     return model
 
 
