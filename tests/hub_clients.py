@@ -50,7 +50,7 @@ for line in sys.stdin:
 CHILD = """
 import hashlib, json, os, sys, time
 from pathlib import Path
-import timm, torch, smpconv_zoo
+import timm, torch
 
 def answer(**values):
     path = Path(os.environ["TEST_ANSWER"])
@@ -96,12 +96,13 @@ class Clients:
         self._parent.stdin.flush()
         return int(self._parent.stdout.readline())
 
-    def start(self, environment: dict[str, str], code: str, folder: Path, checkout: Path) -> int:
-        """Run ``code`` in ``folder`` with the package of ``checkout``; the process's id."""
+    def start(self, environment: dict[str, str], code: str, folder: Path, checkout: Path | None) -> int:
+        """Run ``code`` in ``folder`` with the package of ``checkout``, or with none; the process's id."""
         answer = Path(self._folder.name) / f"{len(list(Path(self._folder.name).iterdir()))}.json"
         answer.with_suffix(".log").touch()
-        job = {"environment": {**environment, "TEST_ANSWER": str(answer)}, "code": CHILD + code}
-        pid = self._ask(**job, folder=str(folder), checkout=str(checkout), log=str(answer.with_suffix(".log")))
+        job = {"environment": {**environment, "TEST_ANSWER": str(answer)}, "log": str(answer.with_suffix(".log"))}
+        code = CHILD + ("import smpconv_zoo\n" if checkout else "") + code
+        pid = self._ask(**job, code=code, folder=str(folder), checkout=str(checkout or folder))
         self._jobs[pid] = answer
         return pid
 

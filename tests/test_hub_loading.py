@@ -145,12 +145,11 @@ def assert_refused(message: str, bad: bytes) -> None:
     assert SHA256 in message and sha256_of(bad) in message and "model.safetensors" in message
 
 
-# ------------------------------------------------------------------------------------------------------ found and loaded
+# ----------------------------------------------------------------------------------------------------- found and loaded
 
 
 def test_cold_warm_offline_and_every_way_to_build(place: Place, right: str) -> None:
     code = f"""
-import huggingface_hub
 name = "{ID}"
 first = load(name)
 again = load(name)
@@ -158,13 +157,13 @@ listed = timm.list_pretrained("smpconv_tcn_mnist*")
 torch.manual_seed(0)
 seven = timm.create_model(name, pretrained=True, num_classes=7).state_dict()
 whole = timm.create_model(name, pretrained=True).state_dict()
-features = timm.create_model(name, pretrained=True, features_only=True)
+features = timm.create_model(name, pretrained=True, features_only=True).eval()
 taps = [list(x.shape) for x in features(torch.zeros(1, 1, 784))]
-same = [key for key in whole if key not in seven or not torch.equal(whole[key], seven[key])]
-kept = {{key: value for key, value in features.state_dict().items()}}
-answer(first=first, again=again, listed=listed, differ=same, taps=taps, classes=list(seven["head.fc.weight"].shape),
+differ = [key for key in whole if key not in seven or not torch.equal(whole[key], seven[key])]
+kept = features.state_dict()
+answer(first=first, again=again, listed=listed, differ=differ, taps=taps, classes=list(seven["head.fc.weight"].shape),
        features=sum(torch.equal(value, whole[key.removeprefix("model.")]) for key, value in kept.items()), n=len(kept),
-       cfg=timm.create_model(name).pretrained_cfg["hf_hub_id"], metadata=smpconv_zoo.checkpoint_card(name).files[0].name)
+       cfg=timm.create_model(name).pretrained_cfg["hf_hub_id"])
 """
     answer = place.run(code)
     assert answer["first"] == answer["again"] == right
@@ -320,7 +319,7 @@ answer(**{{name: under(name, **fault) for name, fault in faults.items()}})
 
 
 def test_hubs_out_of_reach_cost_seconds(place: Place, record_property: Any) -> None:
-    """Refused, unresolvable, and one that takes the connection and never answers; timm's own way takes 23 s and more."""
+    """Refused, unresolvable, and one that takes the connection and never answers: timm's own way takes 23 s to 46 s."""
     code = f"""
 start = time.monotonic()
 first = load("{ID}")
@@ -347,16 +346,17 @@ answer(first=first, repository=by_name, seconds=seconds + [time.monotonic() - st
             assert "local-dir:PATH" in answer["repository"]
 
 
-# ------------------------------------------------------------------------------------------- killed, crowded, full, read-only
+# ------------------------------------------------------------------------------------- killed, crowded, full, read-only
 
 
 def test_killed_while_downloading(place: Place, right: str) -> None:
     place.hub.fault("slow", rate=100_000)
     pid = place.start(WARM)
     deadline = time.monotonic() + 60
-    while not any(path.stat().st_size for path in (place.folder / "hf").rglob("*.incomplete")):
+    while not place.leftovers():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    time.sleep(0.5)
     place.clients.kill(pid)
     assert place.leftovers() and not list((place.folder / "hf").rglob("model.safetensors"))
     place.hub.clear_faults()
@@ -416,7 +416,7 @@ def test_read_only_homes(place: Place, right: str) -> None:
     assert ".quarantined" in answer["first"] and answer["again"] == right
 
 
-# --------------------------------------------------------------------------------------------------- hostile files
+# -------------------------------------------------------------------------------------------------------- hostile files
 
 
 def file_of(header: bytes | dict[str, Any], body: bytes = b"", length: int | None = None) -> bytes:
@@ -489,7 +489,7 @@ def test_nothing_is_loaded_from_a_url(tmp_path: Path) -> None:
         smpconv_zoo.create_model("smpconv_tcn", pretrained=True, pretrained_cfg_overlay={"url": url})
 
 
-# ----------------------------------------------------------------------------------------- folders and other repositories
+# --------------------------------------------------------------------------------------- folders and other repositories
 
 
 @pytest.fixture
@@ -604,7 +604,7 @@ def test_hf_hub_repositories_that_are_not_what_they_say(place: Place, right: str
     assert_refused(answer["wrong"], other)
     assert answer["pickle"].startswith("HubFileMissingError: ") and "no model.safetensors" in answer["pickle"]
     assert place.quarantined() == [other, other]
-    assert place.hub.counts()["blob"] == 3, "the pickle was not even downloaded"
+    assert place.hub.counts()["blob"] == 2, "the pickle was not even downloaded"
     place.hub.clear_faults()
     assert place.run('answer(plain=load("hf-hub:zoo/plain"))')["plain"] == right
 
@@ -641,7 +641,7 @@ def test_through_xet(clients: Clients, tmp_path: Path, right: str) -> None:
         assert (answer["name"], answer["plain"]) == (right, right) and place.quarantined() == [bad]
 
 
-# ---------------------------------------------------------------------------------------------- wheel, checkout, zip
+# ------------------------------------------------------------------------------------------------- wheel, checkout, zip
 
 
 EVERYWHERE = f"""
@@ -669,7 +669,7 @@ def test_from_a_wheel(place: Place, right: str) -> None:
     assert answer["where"] == str(place.checkout / "smpconv_zoo" / "__init__.py")
 
 
-def test_from_a_zip_of_the_repository_and_torch_hub(place: Place, right: str) -> None:
+def test_from_a_zip_of_the_repository_and_torch_hub(place: Place, clients: Clients, right: str) -> None:
     command = [
         "git",
         "archive",
@@ -688,10 +688,7 @@ def test_from_a_zip_of_the_repository_and_torch_hub(place: Place, right: str) ->
     assert place.run(EVERYWHERE)["embedded"] == right
     # torch.hub brings the package along: the process has it on no path of its own.
     code = f"""
-import importlib
-for name in [name for name in sys.modules if name.partition(".")[0] == "smpconv_zoo"]:
-    del sys.modules[name]
-here = sys.path.pop(0)
+here = "{place.checkout}"
 torch.hub.set_dir(os.path.dirname(here))
 names = torch.hub.list("org/smpconv:main", trust_repo=True, skip_validation=True)
 helps = [torch.hub.help("org/smpconv:main", name, trust_repo=True, skip_validation=True) for name in names]
@@ -710,7 +707,7 @@ answer(names=names, helps=helps, models=models, seven=seven.num_classes, tagged=
        nothing=nothing, flipped=flipped, there=path.exists(), after=load("smpconv_tcn_mnist", create=hub),
        networks=networks, where=sys.modules["smpconv_zoo"].__file__)
 """
-    answer = place.run(code)
+    answer = clients.run(place.environment, code, place.folder, None)
     assert sorted(answer["names"]) == sorted(answer["networks"]) and len(answer["models"]) == len(answer["names"]) - 1
     assert all("pretrained" in text and "tag" in text for text in answer["helps"])
     assert answer["where"].startswith(str(place.checkout))

@@ -97,9 +97,8 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
     # timm keeps the cfg with the network; the weights that came with it are in the network already.
     own: Any = model.pretrained_cfg
     own.pop("state_dict", None)
-    if pretrained and own.get("source", "") is None:
-        own.pop("source")
-        own.update({"source": source} if source else {})
+    if source:
+        own["source"] = source
     return model
 
 
