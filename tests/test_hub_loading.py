@@ -25,6 +25,7 @@ from hub_server import HubServer, olah_reader
 from hub_store import Repository, lfs_pointer
 
 import smpconv_zoo
+from smpconv_zoo.pretrained import hub
 from smpconv_zoo.pretrained.cards import checkpoint_card, weights_dir
 from smpconv_zoo.pretrained.locate import load_folder, read_verified
 from smpconv_zoo.pretrained.store import CheckpointError, read_safetensors, sha256_of
@@ -200,6 +201,7 @@ def test_until_it_is_published_or_imported_the_error_says_two_commands(place: Pl
 IMPORT = """
 import dataclasses
 from smpconv_zoo.pretrained import home
+from smpconv_zoo.pretrained import hub
 from smpconv_zoo.pretrained.cards import WeightFile
 import safetensors.torch
 def imported(scale):
@@ -346,6 +348,23 @@ answer(first=first, repository=by_name, seconds=seconds + [time.monotonic() - st
             assert "local-dir:PATH" in answer["repository"]
 
 
+def test_a_name_server_that_never_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No timeout of the client's covers it, nor the many addresses of one name."""
+    monkeypatch.setattr(hub, "REACH_TIMEOUT", 0.2)
+    monkeypatch.setattr(hub, "is_offline", lambda: False)
+    monkeypatch.setattr(hub, "_reach", lambda *where: time.sleep(5))
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"no answer within 0\.2 s; check the network"):
+        hub.fetch(REPO, "0" * 40, "model.safetensors", "give up", cache_dir=tmp_path)
+    assert time.monotonic() - start < 2
+
+
+def test_what_is_cached_needs_no_hub(place: Place, right: str) -> None:
+    place.run(f"answer(name=load('{ID}'), card=load('hf-hub:{REPO}'), plain=load('hf-hub:zoo/plain'))")
+    code = f"answer(name=load('{ID}'), card=load('hf-hub:{REPO}'), plain=load('hf-hub:zoo/plain'))"
+    assert set(place.run(code, HF_ENDPOINT="http://hub.invalid").values()) == {right}
+
+
 # ------------------------------------------------------------------------------------- killed, crowded, full, read-only
 
 
@@ -368,6 +387,19 @@ def test_eight_processes_at_once(place: Place, right: str) -> None:
     started = [place.start(WARM) for _ in range(8)]
     assert [place.clients.wait(pid)["first"] for pid in started] == [right] * 8
     assert place.leftovers() == [] and place.quarantined() == [] and place.cached.read_bytes() == TRUE
+
+
+def test_several_processes_on_a_flipped_byte(place: Place, right: str) -> None:
+    """Each is refused or right, whatever the others move and download meanwhile; then all are right."""
+    place.run(WARM)
+    bad = bytearray(TRUE)
+    bad[-1] ^= 1
+    place.cached.write_bytes(bad)
+    started = [place.start(f"answer(loads=[load('{ID}') for _ in range(3)])") for _ in range(4)]
+    loads = [load for pid in started for load in place.clients.wait(pid)["loads"]]
+    assert all(load == right or load.startswith("CheckpointError: ") for load in loads)
+    assert right in loads and any(SHA256 in load for load in loads)
+    assert place.run(WARM)["first"] == right and bad in place.quarantined()
 
 
 @contextlib.contextmanager

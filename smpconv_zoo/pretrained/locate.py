@@ -21,17 +21,9 @@ from smpconv_zoo.pretrained.cards import (
     checkpoint_card,
     list_checkpoints,
     load_card,
-    weights_dir,
 )
 from smpconv_zoo.pretrained.home import imported_card, imported_file, quarantine
-from smpconv_zoo.pretrained.store import (
-    CheckpointError,
-    how_to_get,
-    parse_safetensors,
-    read_bytes,
-    read_safetensors,
-    sha256_of,
-)
+from smpconv_zoo.pretrained.store import CheckpointError, WrongBytesError, embedded_file, how_to_get, read_safetensors
 
 __all__ = ["LoadedWeights", "load_folder", "load_repository", "load_weights", "read_verified"]
 
@@ -60,7 +52,7 @@ def load_weights(card: CheckpointCard, cache_dir: CacheDir = None) -> LoadedWeig
             the card declares; then the file has been moved out of use and both hashes are named.
     """
     if card.status == "embedded":
-        path = weights_dir() / card.files[0].name
+        path = embedded_file(card)
         if path.is_file() or card.hub is None:
             then = "install the package again"
             return LoadedWeights(*read_verified(path, card.files[0].sha256, then), "embedded")
@@ -147,17 +139,15 @@ def read_verified(
     """
     if not path.exists():
         raise CheckpointError(f"{path} does not exist: {then}")
-    data = read_bytes(path)
-    actual = sha256_of(data)
-    if actual == sha256:
-        return parse_safetensors(data, path)
-    message = f"{path} is not the file that was declared: sha256 is {actual}, expected {sha256}; it was not loaded"
-    if remove is None:
-        raise CheckpointError(f"{message} and was left where it is: {then}")
-    moved = remove(path)
-    if moved is None:
-        raise CheckpointError(f"{message} and could not be moved out of use: remove it, then {then}")
-    raise CheckpointError(f"{message} and was moved to {moved}: {then}")
+    try:
+        return read_safetensors(path, sha256)
+    except WrongBytesError as error:
+        if remove is None:
+            raise CheckpointError(f"{error} and was left where it is: {then}") from error
+        moved = remove(path)
+        if moved is None:
+            raise CheckpointError(f"{error} and could not be moved out of use: remove it, then {then}") from error
+        raise CheckpointError(f"{error} and was moved to {moved}: {then}") from error
 
 
 def _imported(card: CheckpointCard) -> CheckpointCard | None:
@@ -178,7 +168,8 @@ def _imported(card: CheckpointCard) -> CheckpointCard | None:
 def _sha256_of_card(repo: str, commit: str, network: str, remedy: str, cache_dir: CacheDir) -> str | None:
     """What a card says of the weights in a repository: one of the package's, or the repository's own."""
     for card in map(checkpoint_card, list_checkpoints()):
-        if card.hub is not None and (card.hub.repo, card.hub.revision) == (repo, commit) and card.network == network:
+        pinned = card.hub is not None and (card.hub.repo, card.hub.revision) == (repo, commit)
+        if pinned and card.network == network and card.files:
             return card.files[0].sha256
     unknown = hub.is_offline() and hub.cached(repo, commit, hub.CARD_NAME, cache_dir) is None
     if unknown or hub.known_missing(repo, commit, hub.CARD_NAME, cache_dir):

@@ -18,14 +18,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from smpconv_zoo.pretrained.cards import CheckpointCard
+from smpconv_zoo.pretrained.cards import CheckpointCard, weights_dir
 
 __all__ = [
     "CheckpointError",
     "StoredWeights",
+    "WrongBytesError",
+    "embedded_file",
     "how_to_get",
-    "parse_safetensors",
-    "read_bytes",
     "read_checkpoint",
     "read_safetensors",
     "read_weights",
@@ -38,6 +38,10 @@ AVERAGED = "state_dict_ema"
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message says which file and why."""
+
+
+class WrongBytesError(CheckpointError):
+    """A file has another sha256 than was declared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,17 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def embedded_file(card: CheckpointCard) -> Path:
+    """The weight file that ships with the package for ``card``.
+
+    Raises:
+        CheckpointError: The checkpoint is not embedded.
+    """
+    if card.status != "embedded":
+        raise CheckpointError(how_to_get(card))
+    return weights_dir() / card.files[0].name
+
+
 def how_to_get(card: CheckpointCard) -> str:
     """One sentence that says how to get weights that are not at hand."""
     return (
@@ -71,21 +86,29 @@ def how_to_get(card: CheckpointCard) -> str:
     )
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and string metadata of a safetensors file that nothing declares a sha256 for.
+def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and string metadata of a safetensors file.
+
+    The file is read once; what is hashed is what is loaded.
+
+    Args:
+        path: The file.
+        sha256: Expected hex digest of the whole file, or None if there is nothing to check against.
 
     Raises:
+        WrongBytesError: Another sha256.
         CheckpointError: Absent or unreadable, not a safetensors file, or NaN or Inf among the weights.
     """
-    return parse_safetensors(read_bytes(path), path)
+    data = _read_bytes(path)
+    if sha256 is not None and sha256_of(data) != sha256:
+        raise WrongBytesError(
+            f"{path} is not the file its card declares: "
+            f"sha256 is {sha256_of(data)}, expected {sha256}; it was not loaded"
+        )
+    return _parse_safetensors(data, path)
 
 
-def parse_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and string metadata in the bytes of a safetensors file; ``path`` is for the messages.
-
-    Raises:
-        CheckpointError: Not a safetensors file, or NaN or Inf among the weights.
-    """
+def _parse_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = safetensors.torch.load(data)
         length = int.from_bytes(data[:8], "little")
@@ -188,12 +211,7 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"{path} does not exist")
 
 
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        CheckpointError: Absent, a directory, or unreadable.
-    """
+def _read_bytes(path: Path) -> bytes:
     _check_file(path)
     try:
         return path.read_bytes()
