@@ -86,8 +86,10 @@ def match_checkpoints(patterns: Sequence[str]) -> list[str]:
 
 
 def where_weights_come_from(card: CheckpointCard) -> str:
-    """One sentence: shipped with the package, or how to get them."""
-    if card.status != "embedded":
-        return how_to_get(card)
-    files = ", ".join(f"{file.name} ({file.bytes:,} bytes, sha256 {file.sha256})" for file in card.files)
-    return f"ships with this package, verified on every load: {files}"
+    """One sentence: shipped with the package, on the Hub, or how to get them."""
+    if card.status == "embedded":
+        files = ", ".join(f"{file.name} ({file.bytes:,} bytes, sha256 {file.sha256})" for file in card.files)
+        return f"ships with this package, verified on every load: {files}"
+    if card.hub is not None:
+        return f"downloaded when first used, verified on every load: {card.hub.repo} at {card.hub.revision} on the Hub"
+    return how_to_get(card)

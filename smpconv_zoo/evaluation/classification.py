@@ -15,7 +15,8 @@ from smpconv_zoo.checkpoints import create_model
 from smpconv_zoo.data.mnist5k import mnist5k_sequences
 from smpconv_zoo.environment import versions
 from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult, checkpoint_card
-from smpconv_zoo.pretrained.store import CheckpointError, load_embedded
+from smpconv_zoo.pretrained.locate import load_weights
+from smpconv_zoo.pretrained.store import CheckpointError
 
 __all__ = ["TEST_SETS", "EvaluationResult", "evaluate_checkpoint", "load_pretrained", "predict", "top1"]
 
@@ -157,7 +158,7 @@ def _test_set(card: CheckpointCard) -> tuple[Tensor, Tensor]:
 
 def _permutation(card: CheckpointCard) -> list[int]:
     """The pixel order that travels with the weights: without it they mean nothing."""
-    metadata = load_embedded(card)[1]
+    metadata = load_weights(card).metadata
     try:
         order: Any = json.loads(metadata["permutation"])
     except (KeyError, json.JSONDecodeError) as error:

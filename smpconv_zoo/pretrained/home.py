@@ -74,10 +74,20 @@ def add_to_store(card: CheckpointCard, weights: bytes) -> Path:
 
 
 def quarantine(path: Path) -> Path | None:
-    """Move a file whose bytes are not trusted out of use; where to, or None if it could not be moved."""
-    target = store_home() / "quarantine" / f"{path.name}.{secrets.token_hex(4)}"
+    """Move a file whose bytes are not trusted out of use; where to, or None if it could not be moved.
+
+    It goes to the store's quarantine, or to another name beside where it was if that is out of reach (another file
+    system, a store that cannot be written).
+    """
+    suffix = secrets.token_hex(4)
+    target = store_home() / "quarantine" / f"{path.name}.{suffix}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        return target
+    except OSError:
+        target = path.with_name(f"{path.name}.{suffix}.quarantined")
+    try:
         os.replace(path, target)
     except OSError:
         return None

@@ -23,8 +23,9 @@ from smpconv_zoo.pretrained.cards import CheckpointCard, weights_dir
 __all__ = [
     "CheckpointError",
     "StoredWeights",
+    "WrongBytesError",
     "embedded_file",
-    "load_embedded",
+    "how_to_get",
     "read_checkpoint",
     "read_safetensors",
     "read_weights",
@@ -37,6 +38,10 @@ AVERAGED = "state_dict_ema"
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message says which file and why."""
+
+
+class WrongBytesError(CheckpointError):
+    """A file has another sha256 than was declared."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +78,11 @@ def embedded_file(card: CheckpointCard) -> Path:
     return weights_dir() / card.files[0].name
 
 
-def load_embedded(card: CheckpointCard) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of an embedded checkpoint, verified against its card.
-
-    Raises:
-        CheckpointError: The file is absent, its sha256 is not the card's, or its weights are not finite.
-    """
-    return read_safetensors(embedded_file(card), card.files[0].sha256)
-
-
 def how_to_get(card: CheckpointCard) -> str:
-    """One sentence that says how to get weights that do not ship with the package."""
+    """One sentence that says how to get weights that are not at hand."""
     return (
-        f"{card.id} does not ship with this package: download it from {card.origin}, run `smpconv-zoo convert FILE "
-        f"--model {card.network} --out {card.id}.safetensors`, and pass pretrained_cfg_overlay=dict(file="
-        f"'{card.id}.safetensors')"
+        f"{card.id} does not ship with this package: run `smpconv-zoo import {card.id}`, or download it from "
+        f"{card.origin} and run `smpconv-zoo import {card.id} --file FILE`"
     )
 
 
@@ -101,21 +96,37 @@ def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, T
         sha256: Expected hex digest of the whole file, or None if there is nothing to check against.
 
     Raises:
-        CheckpointError: Absent or unreadable, another sha256, not a safetensors file, or NaN or Inf among the weights.
+        WrongBytesError: Another sha256.
+        CheckpointError: Absent or unreadable, not a safetensors file, or NaN or Inf among the weights.
     """
     data = _read_bytes(path)
     if sha256 is not None and sha256_of(data) != sha256:
-        raise CheckpointError(
+        raise WrongBytesError(
             f"{path} is not the file its card declares: "
             f"sha256 is {sha256_of(data)}, expected {sha256}; it was not loaded"
         )
+    return _parse_safetensors(data, path)
+
+
+def _parse_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError) as error:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=_without_repetition)
+    except KeyError as error:
+        raise CheckpointError(f"{path} holds tensors of type {error}, which PyTorch cannot load") from error
+    except (SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
     _refuse_non_finite(tensors, path)
     return tensors, header.get("__metadata__", {})
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are unique: of repeated ones, safetensors and other readers may not take the same."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a key of its header is repeated")
+    return out
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
@@ -187,7 +198,9 @@ def _find_state_dict(content: Any, path: Path) -> tuple[str | None, dict[str, Te
 
 def _refuse_non_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # PyTorch cannot look for NaN in all of its 8-bit types.
+        plain = tensor.float() if tensor.itemsize == 1 else tensor
+        if not torch.isfinite(plain).all():
             raise CheckpointError(f"{path}: {name} holds NaN or Inf")
 
 
