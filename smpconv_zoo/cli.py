@@ -26,7 +26,8 @@ from smpconv_zoo.checkpoints import convert_file
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
-from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
+from smpconv_zoo.pretrained.cards import CheckpointCard, list_checkpoints
+from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.store import CheckpointError
 from smpconv_zoo.training.recipe import load_recipe, parse_overrides
 from smpconv_zoo.training.sequence import run_recipe
@@ -81,7 +82,7 @@ def _options(
 @app.command("list", epilog="Example: `smpconv-zoo list --json`")
 def list_(as_json: Json = False) -> None:
     """List all checkpoints and networks."""
-    cards = [checkpoint_card(name) for name in list_checkpoints()]
+    cards = [card_in_use(name) for name in list_checkpoints()]
     networks = list_networks()
     if as_json:
         _print_json({"checkpoints": [_plain(card) for card in cards], "networks": [_plain(n) for n in networks]})
