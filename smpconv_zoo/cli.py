@@ -26,6 +26,7 @@ from smpconv_zoo.checkpoints import convert_file
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
+from smpconv_zoo.importing import Imported, import_checkpoint
 from smpconv_zoo.pretrained.cards import CheckpointCard, list_checkpoints
 from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.store import CheckpointError
@@ -131,6 +132,27 @@ def convert(
     typer.echo(f"sha256  {done.sha256}")
 
 
+@app.command(
+    "import",
+    epilog="Example: `smpconv-zoo import smpconv_t.in1k`, or with `--file SMPConv_T.pth.tar` if it is here already",
+)
+def import_(
+    checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint whose status is importable.")],
+    file: Annotated[Path | None, typer.Option(help="The published file, if it need not be downloaded.")] = None,
+    accept_new: Annotated[
+        bool, typer.Option("--accept-new", help="Take another file than the one imported before.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch a checkpoint that its authors publish, convert it without executing anything in it, and keep it."""
+    done = import_checkpoint(checkpoint_id, file, accept_new=accept_new)
+    if as_json:
+        _print_json(_plain(done))
+        return
+    for line in _import_lines(done):
+        typer.echo(line)
+
+
 @app.command("eval", epilog="Example: `smpconv-zoo eval 'smpconv_tcn_mnist.*' --json`")
 def eval_(
     ids: Annotated[list[str], typer.Argument(help="Checkpoints; wildcards such as 'smpconv_tcn*' are taken.")],
@@ -189,6 +211,21 @@ def train(
     if card is not None and card.measured is not None:
         typer.echo(f"test top-1 {card.measured.top1:.2f} % ({card.measured.correct} of {card.measured.total})")
     typer.echo(f"wrote {out}")
+
+
+def _import_lines(done: Imported) -> Iterator[str]:
+    source = done.source
+    yield f"read    {source.name} ({source.bytes:,} bytes): {'averaged' if source.averaged else 'trained'} weights"
+    yield f"sha256  {source.sha256}"
+    yield f"{'wrote' if done.changed else 'kept ':7} {done.path} ({done.bytes:,} bytes)"
+    yield f"sha256  {done.sha256}"
+    if not done.changed:
+        yield f"This very file was imported on {source.date}; nothing was done."
+    elif done.trusted == "first use":
+        yield "Trusted on first use: nobody publishes a hash of this file. From now on no other is taken unasked."
+    elif done.trusted == "accepted":
+        yield "Another file than the one imported before, accepted as asked. From now on this one is the recorded one."
+    yield f"Whether these weights are as good as published: smpconv-zoo eval {done.id}"
 
 
 def _evaluate(ids: Sequence[str], batch_size: int, device: str, threads: int | None) -> list[EvaluationResult]:
