@@ -30,6 +30,7 @@ from smpconv_zoo.importing import Imported, import_checkpoint
 from smpconv_zoo.pretrained.cards import CheckpointCard, list_checkpoints
 from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.store import CheckpointError
+from smpconv_zoo.publishing import ORGANISATION, Published, publish_checkpoint
 from smpconv_zoo.training.recipe import load_recipe, parse_overrides
 from smpconv_zoo.training.sequence import run_recipe
 
@@ -153,6 +154,30 @@ def import_(
         typer.echo(line)
 
 
+@app.command(epilog="Example: `smpconv-zoo publish smpconv_tcn_mnist.smnist5k --dry-run`")
+def publish(
+    checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint whose weights are on this machine.")],
+    org: Annotated[
+        str | None,
+        typer.Option(help=f"Organisation or user; where it is published already, or else {ORGANISATION}."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be pushed; send and keep nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a checkpoint on the Hugging Face Hub, read it back, and pin the revision in its card.
+
+    The token is the Hub client's own: HF_TOKEN, or that of `hf auth login`.
+    """
+    done = publish_checkpoint(checkpoint_id, org, dry_run=dry_run)
+    if as_json:
+        _print_json(_plain(done))
+        return
+    for line in _publish_lines(done):
+        typer.echo(line)
+
+
 @app.command("eval", epilog="Example: `smpconv-zoo eval 'smpconv_tcn_mnist.*' --json`")
 def eval_(
     ids: Annotated[list[str], typer.Argument(help="Checkpoints; wildcards such as 'smpconv_tcn*' are taken.")],
@@ -226,6 +251,22 @@ def _import_lines(done: Imported) -> Iterator[str]:
     elif done.trusted == "accepted":
         yield "Another file than the one imported before, accepted as asked. From now on this one is the recorded one."
     yield f"Whether these weights are as good as published: smpconv-zoo eval {done.id}"
+
+
+def _publish_lines(done: Published) -> Iterator[str]:
+    for file in done.files:
+        yield f"{file.name:17}  {file.bytes:>11,} bytes  sha256 {file.sha256}"
+    if done.revision is None:
+        yield f"Would be pushed to {done.repo}; nothing was sent. The README.md:"
+        yield ""
+        yield done.readme.rstrip()
+        return
+    yield f"{'Pushed to' if done.committed else 'Already at'} {done.repo}, revision {done.revision}"
+    yield "Read back into an empty cache: every file equal, bit for bit."
+    if done.pinned:
+        yield f"The card of {done.id} now names this revision: commit the change."
+    else:
+        yield f"The card of {done.id} names this revision already: nothing was changed."
 
 
 def _evaluate(ids: Sequence[str], batch_size: int, device: str, threads: int | None) -> list[EvaluationResult]:

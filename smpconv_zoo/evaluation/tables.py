@@ -17,10 +17,21 @@ def checkpoint_table() -> str:
 
 
 def _row(card: CheckpointCard) -> tuple[str, ...]:
-    weights = "embedded" if card.status == "embedded" else f"[the authors']({card.origin}), convert"
+    weights = ["embedded"] if card.status == "embedded" else []
+    if card.hub is not None:
+        weights.append(f"[Hub](https://huggingface.co/{card.hub.repo}/tree/{card.hub.revision})")
+    if card.status == "importable":
+        weights.append(f"[the authors']({card.origin}), import")
     paper = "" if card.paper is None else f"{card.paper.top1:.2f}"
     measured = "" if card.measured is None else f"[{card.measured.top1:.2f}]({card.measured.log})"
-    return f"`{card.id}`", f"{card.data.name}, {card.data.input}", f"{card.parameters:,}", weights, paper, measured
+    return (
+        f"`{card.id}`",
+        f"{card.data.name}, {card.data.input}",
+        f"{card.parameters:,}",
+        ", ".join(weights),
+        paper,
+        measured,
+    )
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
