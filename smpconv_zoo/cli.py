@@ -161,9 +161,7 @@ def publish(
         str | None,
         typer.Option(help=f"Organisation or user; where it is published already, or else {ORGANISATION}."),
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be pushed; send and keep nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed; send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Publish a checkpoint on the Hugging Face Hub, read it back, and pin the revision in its card.
