@@ -319,7 +319,10 @@ class _Repository:
             return f"the token has no right to write to {self.name}; nothing was published (--org names another place)"
         if status == 412:
             return f"others keep committing to {self.name}; nothing of theirs was replaced, nothing was published"
-        return f"{self.name} could not be published ({_first_line(error)}); nothing there was half replaced; run the command again"
+        return (
+            f"{self.name} could not be published ({_first_line(error)}); nothing there was half replaced: run the "
+            "command again"
+        )
 
 
 def _status(error: BaseException) -> int | None:

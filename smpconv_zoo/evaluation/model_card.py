@@ -65,7 +65,9 @@ def _front_matter(card: CheckpointCard) -> dict[str, Any]:
     hub_name = HUB_DATASETS.get(card.data.name)
     if hub_name:
         front["datasets"] = [hub_name]
-    dataset = {"name": f"{card.data.name}, {card.data.input}", "type": hub_name or card.data.name}
+    # An image as a sequence, or a part of a data set, is another task than the Hub's: no figure beside those on it.
+    kind = hub_name if hub_name and task != "other" else card.data.name
+    dataset = {"name": f"{card.data.name}, {card.data.input}", "type": kind}
     results = []
     for name, top1, source in _figures(card):
         metric = {"type": "accuracy", "name": f"top-1, {name}", "value": top1}

@@ -24,14 +24,8 @@ def _row(card: CheckpointCard) -> tuple[str, ...]:
         weights.append(f"[the authors']({card.origin}), import")
     paper = "" if card.paper is None else f"{card.paper.top1:.2f}"
     measured = "" if card.measured is None else f"[{card.measured.top1:.2f}]({card.measured.log})"
-    return (
-        f"`{card.id}`",
-        f"{card.data.name}, {card.data.input}",
-        f"{card.parameters:,}",
-        ", ".join(weights),
-        paper,
-        measured,
-    )
+    data, parameters = f"{card.data.name}, {card.data.input}", f"{card.parameters:,}"
+    return f"`{card.id}`", data, parameters, ", ".join(weights), paper, measured
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
