@@ -17,10 +17,12 @@ from pathlib import Path
 from golden_files import ROOT
 
 # Imports everything once and then forks for every command: a command is a process of its own, with its own exit status,
-# that can be killed, and starts in no time. The parent has run nothing, so there are no threads to lose.
+# that can be killed, and starts in no time. The parent has run nothing, so there are no threads to lose. The pause
+# before another attempt at publishing is cut short.
 HOST = """
 import json, os, sys
-from smpconv_zoo import cli
+from smpconv_zoo import cli, publishing
+publishing.PAUSE_SECONDS = 0.05
 for line in sys.stdin:
     wanted = json.loads(line)
     child = os.fork()
