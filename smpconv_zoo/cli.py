@@ -26,8 +26,11 @@ from smpconv_zoo.checkpoints import convert_file
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
-from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
+from smpconv_zoo.importing import Imported, import_checkpoint
+from smpconv_zoo.pretrained.cards import CheckpointCard, list_checkpoints
+from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.store import CheckpointError
+from smpconv_zoo.publishing import ORGANISATION, Published, publish_checkpoint
 from smpconv_zoo.training.recipe import load_recipe, parse_overrides
 from smpconv_zoo.training.sequence import run_recipe
 
@@ -81,7 +84,7 @@ def _options(
 @app.command("list", epilog="Example: `smpconv-zoo list --json`")
 def list_(as_json: Json = False) -> None:
     """List all checkpoints and networks."""
-    cards = [checkpoint_card(name) for name in list_checkpoints()]
+    cards = [card_in_use(name) for name in list_checkpoints()]
     networks = list_networks()
     if as_json:
         _print_json({"checkpoints": [_plain(card) for card in cards], "networks": [_plain(n) for n in networks]})
@@ -128,6 +131,49 @@ def convert(
     typer.echo(f"holds   {done.tensors} tensors, {done.parameters:,} parameters of {done.network}")
     typer.echo(f"wrote   {done.out}")
     typer.echo(f"sha256  {done.sha256}")
+
+
+@app.command(
+    "import",
+    epilog="Example: `smpconv-zoo import smpconv_t.in1k`, or with `--file SMPConv_T.pth.tar` if it is here already",
+)
+def import_(
+    checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint whose status is importable.")],
+    file: Annotated[Path | None, typer.Option(help="The published file, if it need not be downloaded.")] = None,
+    accept_new: Annotated[
+        bool, typer.Option("--accept-new", help="Take another file than the one imported before.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch a checkpoint that its authors publish, convert it without executing anything in it, and keep it."""
+    done = import_checkpoint(checkpoint_id, file, accept_new=accept_new)
+    if as_json:
+        _print_json(_plain(done))
+        return
+    for line in _import_lines(done):
+        typer.echo(line)
+
+
+@app.command(epilog="Example: `smpconv-zoo publish smpconv_tcn_mnist.smnist5k --dry-run`")
+def publish(
+    checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint whose weights are on this machine.")],
+    org: Annotated[
+        str | None,
+        typer.Option(help=f"Organisation or user; where it is published already, or else {ORGANISATION}."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed; send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a checkpoint on the Hugging Face Hub, read it back, and pin the revision in its card.
+
+    The token is the Hub client's own: HF_TOKEN, or that of `hf auth login`.
+    """
+    done = publish_checkpoint(checkpoint_id, org, dry_run=dry_run)
+    if as_json:
+        _print_json(_plain(done))
+        return
+    for line in _publish_lines(done):
+        typer.echo(line)
 
 
 @app.command("eval", epilog="Example: `smpconv-zoo eval 'smpconv_tcn_mnist.*' --json`")
@@ -188,6 +234,37 @@ def train(
     if card is not None and card.measured is not None:
         typer.echo(f"test top-1 {card.measured.top1:.2f} % ({card.measured.correct} of {card.measured.total})")
     typer.echo(f"wrote {out}")
+
+
+def _import_lines(done: Imported) -> Iterator[str]:
+    source = done.source
+    yield f"read    {source.name} ({source.bytes:,} bytes): {'averaged' if source.averaged else 'trained'} weights"
+    yield f"sha256  {source.sha256}"
+    yield f"{'wrote' if done.changed else 'kept ':7} {done.path} ({done.bytes:,} bytes)"
+    yield f"sha256  {done.sha256}"
+    if not done.changed:
+        yield f"This very file was imported on {source.date}; nothing was done."
+    elif done.trusted == "first use":
+        yield "Trusted on first use: nobody publishes a hash of this file. From now on no other is taken unasked."
+    elif done.trusted == "accepted":
+        yield "Another file than the one imported before, accepted as asked. From now on this one is the recorded one."
+    yield f"Whether these weights are as good as published: smpconv-zoo eval {done.id}"
+
+
+def _publish_lines(done: Published) -> Iterator[str]:
+    for file in done.files:
+        yield f"{file.name:17}  {file.bytes:>11,} bytes  sha256 {file.sha256}"
+    if done.revision is None:
+        yield f"Would be pushed to {done.repo}; nothing was sent. The README.md:"
+        yield ""
+        yield done.readme.rstrip()
+        return
+    yield f"{'Pushed to' if done.committed else 'Already at'} {done.repo}, revision {done.revision}"
+    yield "Read back into an empty cache: every file equal, bit for bit."
+    if done.pinned:
+        yield f"The card of {done.id} now names this revision: commit the change."
+    else:
+        yield f"The card of {done.id} names this revision already: nothing was changed."
 
 
 def _evaluate(ids: Sequence[str], batch_size: int, device: str, threads: int | None) -> list[EvaluationResult]:

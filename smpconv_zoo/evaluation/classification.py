@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from smpconv_zoo.checkpoints import create_model
 from smpconv_zoo.data.mnist5k import mnist5k_sequences
 from smpconv_zoo.environment import versions
-from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult, checkpoint_card
+from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult
+from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError
 
@@ -70,7 +71,7 @@ def evaluate_checkpoint(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     target = _usable_device(device)
-    card = checkpoint_card(checkpoint_id)
+    card = card_in_use(checkpoint_id)
     model = load_pretrained(card).to(target)
     x, y = _test_set(card)
     if limit is not None and limit < len(x):

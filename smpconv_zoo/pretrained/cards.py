@@ -14,7 +14,15 @@ import typing
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CardError", "CheckpointCard", "checkpoint_card", "list_checkpoints", "load_card", "weights_dir"]
+__all__ = [
+    "CardError",
+    "CheckpointCard",
+    "card_bytes",
+    "checkpoint_card",
+    "list_checkpoints",
+    "load_card",
+    "weights_dir",
+]
 
 STATUSES = ("embedded", "published", "imported", "importable")
 
@@ -83,6 +91,24 @@ class Hub:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """The file of other authors that the weights were converted from, as it was when it was imported.
+
+    ``name`` is its plain name, without folders; ``url`` is None where the file was handed over. ``date`` is the day of
+    the import, UTC. ``entry`` is the key of the file that the state dict was under, ``averaged`` whether that is the
+    running average of the weights.
+    """
+
+    name: str
+    sha256: str
+    bytes: int
+    url: str | None
+    date: str
+    entry: str | None
+    averaged: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Golden:
     """Logits that the weights give, float32 on a CPU, for an input that anyone can draw again.
 
@@ -102,7 +128,8 @@ class CheckpointCard:
     ``"published"`` (on the Hub, see ``hub``), ``"imported"`` (in the local store of one machine), or ``"importable"``
     (published by others, see ``origin``). ``tensors`` counts the entries of the state dict, ``macs`` the
     multiply-accumulates of one input. ``paper`` is what the authors publish for this task, ``measured`` what we
-    measured with these very weights; either may be None.
+    measured with these very weights; either may be None. ``source`` is the file that imported weights were converted
+    from.
     """
 
     id: str
@@ -119,6 +146,7 @@ class CheckpointCard:
     training: Training | None
     golden: Golden | None
     hub: Hub | None
+    source: Source | None
     license: str
     origin: str
 
@@ -178,12 +206,20 @@ def load_card(path: Path) -> CheckpointCard:
         raise CardError(f"{path.name}: a published checkpoint names its hub repository and revision")
     if card.hub is not None and (len(card.hub.revision) != 40 or set(card.hub.revision) - set("0123456789abcdef")):
         raise CardError(f"{path.name}: the hub revision must be a full commit hash, got {card.hub.revision!r}")
-    for file in card.files:
+    named: list[WeightFile | Source] = [*card.files]
+    if card.source is not None:
+        named.append(card.source)
+    for file in named:
         if Path(file.name).name != file.name:
             raise CardError(f"{path.name}: {file.name!r} is not a plain file name")
         if len(file.sha256) != 64 or set(file.sha256) - set("0123456789abcdef"):
             raise CardError(f"{path.name}: {file.name} needs a full sha256, got {file.sha256!r}")
     return card
+
+
+def card_bytes(card: CheckpointCard) -> bytes:
+    """The card as the file that :func:`load_card` reads."""
+    return (json.dumps(dataclasses.asdict(card), indent=1) + "\n").encode()
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
