@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from smpconv_zoo.pretrained.cards import CheckpointCard, weights_dir
+from smpconv_zoo.pretrained.errors import CheckpointError
+from smpconv_zoo.pretrained.signing import check_signature_if_required
 
 __all__ = [
     "CheckpointError",
@@ -33,10 +35,6 @@ __all__ = [
 
 
 AVERAGED = "state_dict_ema"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message says which file and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +99,8 @@ def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, T
         sha256: Expected hex digest of the whole file, or None if there is nothing to check against.
 
     Raises:
-        CheckpointError: Absent or unreadable, another sha256, not a safetensors file, or NaN or Inf among the weights.
+        CheckpointError: Absent or unreadable, another sha256, not a safetensors file, NaN or Inf among the weights, or
+            no valid signature where one is required.
     """
     data = _read_bytes(path)
     if sha256 is not None and sha256_of(data) != sha256:
@@ -109,6 +108,9 @@ def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, T
             f"{path} is not the file its card declares: "
             f"sha256 is {sha256_of(data)}, expected {sha256}; it was not loaded"
         )
+    if sha256 is not None:
+        # Whoever reads weights for a card passes its sha256; only what has a card can be signed.
+        check_signature_if_required(path, data)
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
