@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import pickle
 import re
 import warnings
 from pathlib import Path
@@ -114,7 +113,7 @@ def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, T
     try:
         tensors = safetensors.torch.load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, LookupError, AttributeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
     _refuse_non_finite(tensors, path)
     return tensors, header.get("__metadata__", {})
@@ -144,7 +143,8 @@ def read_weights(path: str | Path) -> StoredWeights:
             # torch warns of pickles that it did not write; whether this one can be read is the answer.
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:
+        # Whatever a damaged pickle makes torch raise, IndexError and AssertionError included, it could not be read.
         raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {_refusal(error)}") from error
     entry, state_dict = _find_state_dict(content, path)
     _refuse_non_finite(state_dict, path)
@@ -184,7 +184,19 @@ def _find_state_dict(content: Any, path: Path) -> tuple[str | None, dict[str, Te
         raise CheckpointError(
             f"{path} holds no state dict: expected 'state_dict_ema', 'state_dict' or 'model', got {found}"
         )
-    return entry, {str(name): tensor for name, tensor in content.items()}
+    for name, tensor in content.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} holds a tensor under {type(name).__name__} instead of a name")
+        if not _plain(tensor):
+            raise CheckpointError(f"{path}: {name} is not a plain tensor with memory for each of its elements")
+    return entry, dict(content)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, on the CPU, and no larger than its storage: a small file may declare terabytes."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _refuse_non_finite(tensors: dict[str, Tensor], path: Path) -> None:
