@@ -227,7 +227,9 @@ def _fits(tensors: dict[str, Tensor], own: dict[str, Any]) -> None:
     """Refuse a state dict that is not, name by name, shape by shape and type by type, that of the network."""
     missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unexpected:
-        raise CheckpointError(f"missing keys {missing[:5] or 'none'}, unexpected keys {unexpected[:5] or 'none'}")
+        raise CheckpointError(
+            f"missing keys {', '.join(missing[:5]) or 'none'}, unexpected keys {', '.join(unexpected[:5]) or 'none'}"
+        )
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
             raise CheckpointError(
