@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -29,10 +30,13 @@ from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
 from smpconv_zoo.importing import Imported, import_checkpoint
 from smpconv_zoo.pretrained.cards import CheckpointCard, list_checkpoints
 from smpconv_zoo.pretrained.home import card_in_use
+from smpconv_zoo.pretrained.signing import generate_keys, sign_checkpoint, signature_required
 from smpconv_zoo.pretrained.store import CheckpointError
 from smpconv_zoo.publishing import ORGANISATION, Published, publish_checkpoint
 from smpconv_zoo.training.recipe import load_recipe, parse_overrides
 from smpconv_zoo.training.sequence import run_recipe
+from smpconv_zoo.verifying import failed, find, verify_all
+from smpconv_zoo.verifying import verify as verify_one
 
 __all__ = ["app", "main"]
 
@@ -40,6 +44,7 @@ __all__ = ["app", "main"]
 EXPECTED_ERRORS = (ValueError, CheckpointError, OSError, ImportError, FloatingPointError)
 
 CHECKPOINTS = ("checkpoint", "parameters", "status", "data", "paper top-1", "measured top-1")
+_VERDICTS = {True: "ok", False: "FAILED", None: "skipped"}
 NETWORKS = ("network", "parameters", "family", "input", "classes")
 
 app = typer.Typer(
@@ -191,6 +196,73 @@ def eval_(
     else:
         _print_results(results)
     _exit_on_difference(results)
+
+
+@app.command(epilog="Example: `smpconv-zoo verify --all`, or `smpconv-zoo verify ./folder --public-key zoo.pem --json`")
+def verify(
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID|PATH]...", help="Checkpoints, weight files, or folders of one.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All embedded and imported checkpoints.")] = False,
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Without a valid signature, fail; so does --public-key.")
+    ] = False,
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Trusted key; SMPCONV_PUBLIC_KEY if not given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check checkpoints against their cards, offline: hash, structure, load, golden logits, signature."""
+    if bool(targets) == every:
+        raise typer.BadParameter("give checkpoints, or --all")
+    # Whoever names a key wants it used: a file without a signature must not pass for one that has it.
+    mode: Literal["auto", "require"] = (
+        "require" if require_signature or public_key is not None or signature_required() else "auto"
+    )
+    found = (
+        verify_all(mode, public_key) if every else {name: verify_one(name, mode, public_key) for name in targets or ()}
+    )
+    faults = {name: failed(steps) for name, steps in found.items()}
+    if as_json:
+        _print_json(
+            [
+                {"target": name, "ok": faults[name] is None, "steps": [_plain(step) for step in steps]}
+                for name, steps in found.items()
+            ]
+        )
+    else:
+        for name, steps in found.items():
+            for step in steps:
+                typer.echo(f"{name}  {step.name:9}  {_VERDICTS[step.ok]:7}  {step.message}")
+    if wrong := [f"{name} ({step})" for name, step in faults.items() if step]:
+        typer.echo(f"smpconv-zoo: not verified: {', '.join(wrong)}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `smpconv-zoo sign smpconv_tcn_mnist.smnist5k --key keys/private.pem --out smnist5k.sig`")
+def sign(
+    target: Annotated[str, typer.Argument(metavar="ID|PATH", help="A checkpoint, a weight file, or a folder of one.")],
+    key: Annotated[Path, typer.Option(help="Private key, PEM; its password is read from SMPCONV_KEY_PASSWORD.")],
+    out: Annotated[Path, typer.Option(help="Bundle to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the bundle if it exists.")] = False,
+) -> None:
+    """Sign a checkpoint's weights and card into a detached OpenSSF Model Signing bundle."""
+    weights, card = find(target)
+    if card is None:
+        raise CheckpointError(f"{weights} has no card beside it; weights are signed together with their card")
+    sign_checkpoint(weights, card, key, out, os.environ.get("SMPCONV_KEY_PASSWORD"), overwrite=force)
+    typer.echo(f"signed  {weights}")
+    typer.echo(f"wrote   {out}")
+
+
+@app.command(epilog="Example: `smpconv-zoo keygen --out ~/smpconv-keys`")
+def keygen(
+    out: Annotated[Path, typer.Option(help="Folder for private.pem and public.pem; neither may exist.")],
+) -> None:
+    """Make a P-256 key pair for signing; SMPCONV_KEY_PASSWORD, if it is set, encrypts the private key."""
+    private, public = generate_keys(out, os.environ.get("SMPCONV_KEY_PASSWORD"))
+    typer.echo(f"private key  {private}: keep it to yourself, and out of every repository")
+    typer.echo(f"public key   {public}: hand it to those who are to check your signatures")
 
 
 @app.command(epilog="Example: `smpconv-zoo demo --out demo`, then open `demo/index.html`")
