@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import smpconv_zoo
 from smpconv_zoo.checkpoints import convert_checkpoint, write_safetensors
 from smpconv_zoo.pretrained.cards import CardError, checkpoint_card, list_checkpoints, load_card, weights_dir
-from smpconv_zoo.pretrained.store import CheckpointError, load_embedded, read_checkpoint, read_safetensors, sha256_of
+from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint, read_safetensors, sha256_of
 
 EMBEDDED = ["smpconv_tcn_mnist.pmnist5k", "smpconv_tcn_mnist.smnist5k"]
 IMPORTABLE = [name for name in list_checkpoints() if name not in EMBEDDED]
@@ -343,7 +343,7 @@ def test_a_card_is_true(checkpoint: str) -> None:
     for file in card.files:
         data = (weights_dir() / file.name).read_bytes()
         assert (len(data), sha256_of(data)) == (file.bytes, file.sha256)
-        tensors, _ = load_embedded(card)
+        tensors = load_weights(card).tensors
         assert tensors.keys() == model.state_dict().keys()
     if card.measured is not None:
         assert card.measured.top1 == pytest.approx(100 * card.measured.correct / card.measured.total)
