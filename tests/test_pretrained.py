@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import smpconv_zoo
 from smpconv_zoo.checkpoints import convert_checkpoint, write_safetensors
 from smpconv_zoo.pretrained.cards import CardError, checkpoint_card, list_checkpoints, load_card, weights_dir
+from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint, read_safetensors, sha256_of
 
 EMBEDDED = ["smpconv_tcn_mnist.pmnist5k", "smpconv_tcn_mnist.smnist5k"]
