@@ -201,7 +201,9 @@ def _plain(tensor: Tensor) -> bool:
 
 def _refuse_non_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # PyTorch cannot look for NaN in all of its 8-bit types.
+        plain = tensor.float() if tensor.itemsize == 1 else tensor
+        if not torch.isfinite(plain).all():
             raise CheckpointError(f"{path}: {name} holds NaN or Inf")
 
 
