@@ -310,6 +310,17 @@ ENTRIES = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize(
+    "dtype", ["BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "U16", "U32", "U64", "C64", "F4"]
+)
+def test_every_type_is_read_or_refused(guarded: Path, dtype: str) -> None:
+    text = json.dumps({"a": {"dtype": dtype, "shape": [16], "data_offsets": [0, 16]}}).encode()
+    for data in (bytes(16), b"\xff" * 16, bytes(8), bytes(32), bytes(64), bytes(128)):
+        declared = text.replace(b"16]}}", str(len(data)).encode() + b"]}}")
+        file = len(declared).to_bytes(8, "little") + declared + data
+        assert_safetensors_are_judged_alike(guarded / "x.safetensors", file)
+
+
 @MANY
 @given(
     header=st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), ENTRIES | JSON, max_size=3),
