@@ -143,7 +143,7 @@ def convert(
     epilog="Example: `smpconv-zoo import smpconv_t.in1k`, or with `--file SMPConv_T.pth.tar` if it is here already",
 )
 def import_(
-    checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint whose status is importable.")],
+    checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint to import.")],
     file: Annotated[Path | None, typer.Option(help="The published file, if it need not be downloaded.")] = None,
     accept_new: Annotated[
         bool, typer.Option("--accept-new", help="Take another file than the one imported before.")
@@ -314,12 +314,14 @@ def _import_lines(done: Imported) -> Iterator[str]:
     yield f"sha256  {source.sha256}"
     yield f"{'wrote' if done.changed else 'kept ':7} {done.path} ({done.bytes:,} bytes)"
     yield f"sha256  {done.sha256}"
-    if not done.changed:
-        yield f"This very file was imported on {source.date}; nothing was done."
+    if done.trusted == "declared":
+        yield f"These are the bytes that the card of {done.id} declares."
     elif done.trusted == "first use":
         yield "Trusted on first use: nobody publishes a hash of this file. From now on no other is taken unasked."
     elif done.trusted == "accepted":
         yield "Another file than the one imported before, accepted as asked. From now on this one is the recorded one."
+    if not done.changed:
+        yield "This very file was imported before; nothing was done."
     yield f"Whether these weights are as good as published: smpconv-zoo eval {done.id}"
 
 

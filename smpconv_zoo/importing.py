@@ -38,7 +38,8 @@ class Imported:
 
     ``path``, ``sha256`` and ``bytes`` are those of the converted file, ``source`` the file it was converted from.
     ``trusted`` says on what grounds that file was taken: ``"first use"`` (nothing was known of it), ``"known"`` (it is
-    the recorded one) or ``"accepted"`` (it is another than the recorded one, and that was allowed). ``changed`` is
+    the recorded one), ``"accepted"`` (it is another than the recorded one, and that was allowed) or ``"declared"`` (it
+    is the converted file that the package's card declares, brought by hand). ``changed`` is
     False where the very same file was imported before and nothing was done.
     """
 
@@ -60,7 +61,8 @@ def import_checkpoint(
     """Bring a checkpoint that others publish into the local store, for ``create_model(..., pretrained=True)`` to use.
 
     Args:
-        checkpoint_id: ``network.tag``, a checkpoint whose card is ``"importable"``.
+        checkpoint_id: ``network.tag``, a checkpoint whose card is ``"importable"``; for any other, only ``file`` with
+            the very bytes that its card declares is taken, as it is.
         file: The published file, if it is here already; it is downloaded otherwise.
         download: Fetches an address into a folder and returns the file; gdown if None.
         accept_new: Take a file other than the one that was imported before.
@@ -74,7 +76,12 @@ def import_checkpoint(
     """
     card = checkpoint_card(checkpoint_id)
     if card.status != "importable":
-        raise CheckpointError(f"{card.id} is {card.status}: its weights are at hand without an import")
+        if file is None:
+            raise CheckpointError(
+                f"{card.id} is {card.status}: its weights are used without an import; where the Hub is out of reach, "
+                "--file takes its safetensors file"
+            )
+        return _import_declared(card, file)
     # In a folder that goes in any case: whatever ends this early, only whole files reach the store.
     with tempfile.TemporaryDirectory(prefix="smpconv-import-") as scratch:
         folder = Path(scratch)
@@ -117,7 +124,7 @@ def _import_file(card: CheckpointCard, file: Path, url: str | None, scratch: Pat
         sha256=sha256,
         bytes=size,
         url=url,
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        date=_today(),
         entry=done.entry,
         averaged=done.averaged,
     )
@@ -125,6 +132,30 @@ def _import_file(card: CheckpointCard, file: Path, url: str | None, scratch: Pat
     card = dataclasses.replace(card, status="imported", files=(stored_file,), source=source)
     add_to_store(card, weights)
     return _imported(card, source, trusted, changed=True)
+
+
+def _import_declared(card: CheckpointCard, file: Path) -> Imported:
+    """Keep the weight file of a checkpoint that the package declares: for machines that cannot reach the Hub."""
+    _check_kind(card, file)
+    weights = file.read_bytes()
+    sha256, declared = sha256_of(weights), card.files[0].sha256
+    if sha256 != declared:
+        raise CheckpointError(
+            f"{file.name} is not the file that the card of {card.id} declares: its sha256 is {sha256}, expected "
+            f"{declared}; nothing was imported"
+        )
+    source = Source(file.name, sha256, len(weights), None, _today(), None, False)
+    stored_file = WeightFile(f"{card.id}.safetensors", sha256, len(weights))
+    card = dataclasses.replace(card, status="imported", files=(stored_file,))
+    stored = imported_file(card)
+    changed = not (stored.is_file() and _sha256_of_file(stored) == sha256 and _recorded(card, True) == card)
+    if changed:
+        add_to_store(card, weights)
+    return _imported(card, source, "declared", changed)
+
+
+def _today() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%d")
 
 
 def _imported(card: CheckpointCard, source: Source, trusted: str, changed: bool) -> Imported:

@@ -23,7 +23,7 @@ import smpconv_zoo
 from smpconv_zoo import importing
 from smpconv_zoo.checkpoints import convert_checkpoint
 from smpconv_zoo.importing import import_checkpoint
-from smpconv_zoo.pretrained.cards import checkpoint_card
+from smpconv_zoo.pretrained.cards import checkpoint_card, weights_dir
 from smpconv_zoo.pretrained.home import card_in_use, imported_file
 from smpconv_zoo.pretrained.store import CheckpointError, read_safetensors
 
@@ -147,6 +147,24 @@ def test_a_stored_card_that_cannot_be_read_says_how_to_replace_it(store: Path, p
     assert card_in_use(ID).status == "imported"
 
 
+def test_a_declared_file_is_taken_by_hand_and_no_other(store: Path, tmp_path: Path, published: Path) -> None:
+    """The way for a machine that cannot reach the Hub."""
+    name = "smpconv_tcn_mnist.smnist5k"
+    card = checkpoint_card(name)
+    with pytest.raises(CheckpointError, match="--file"):
+        import_checkpoint(name)
+    copy = shutil.copy(weights_dir() / card.files[0].name, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is not the file that the card") as refused:
+        import_checkpoint(name, published)
+    assert sha256(published) in str(refused.value) and card.files[0].sha256 in str(refused.value)
+    assert not store.exists()
+    done = import_checkpoint(name, copy)
+    assert (done.trusted, done.changed, done.sha256) == ("declared", True, card.files[0].sha256)
+    assert Path(done.path).read_bytes() == copy.read_bytes()
+    assert import_checkpoint(name, copy).changed is False
+    assert card_in_use(name) == card, "the package's own comes first"
+
+
 class Foreign:
     """A pickle that would create a folder if it were executed."""
 
@@ -184,8 +202,6 @@ def test_files_that_are_not_this_checkpoint(store: Path, tmp_path: Path, publish
             import_checkpoint(ID, tmp_path / name)
     with pytest.raises(CheckpointError, match="missing keys"):
         import_checkpoint("smpconv_tcn_cifar.scifar10", published)
-    with pytest.raises(CheckpointError, match="is embedded"):
-        import_checkpoint("smpconv_tcn_mnist.smnist5k", published)
     with pytest.raises(ValueError, match="did you mean"):
         import_checkpoint("smpconv_tcn_mnist.smnst", published)
     assert not (tmp_path / "executed").exists() and not store.exists()

@@ -120,7 +120,8 @@ def zoo_host(checkout: Path, scratch: Path, environment: Mapping[str, str]) -> I
         process = subprocess.Popen(
             [sys.executable, "-c", HOST],
             cwd=checkout,
-            env={**environment, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
+            # A killed command leaves its temporary folder behind: here, not in the machine's.
+            env={**environment, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "TMPDIR": str(scratch)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
