@@ -123,7 +123,7 @@ def test_a_flipped_byte_is_refused_with_both_hashes(checkout: Path) -> None:
     answer = create_in(checkout, EMBEDDED[0])
     assert "loaded" not in answer.splitlines()
     last = answer.strip().splitlines()[-1]
-    assert last.startswith("smpconv_zoo.pretrained.store.CheckpointError") and "it was not loaded" in last
+    assert last.startswith("smpconv_zoo.pretrained.errors.") and "it was not loaded" in last
     for sha256 in (checkpoint_card(EMBEDDED[0]).files[0].sha256, sha256_of(bytes(data))):
         assert sha256 in last
 
@@ -308,8 +308,8 @@ def test_how_to_get_what_does_not_ship(checkpoint: str) -> None:
         timm.create_model(checkpoint, pretrained=True)
     sentence = str(caught.value)
     assert card.origin in sentence and "\n" not in sentence
-    assert f"smpconv-zoo convert FILE --model {card.network} --out {checkpoint}.safetensors" in sentence
-    assert f"pretrained_cfg_overlay=dict(file='{checkpoint}.safetensors')" in sentence
+    assert f"`smpconv-zoo import {checkpoint}`" in sentence
+    assert f"`smpconv-zoo import {checkpoint} --file FILE`" in sentence
 
 
 def test_networks_without_checkpoints_say_so() -> None:
@@ -379,7 +379,7 @@ def put(card: Any, where: tuple[Any, ...], value: Any) -> Any:
         (("status",), "lost", r"status must be one of \('embedded', .*'importable'\), got 'lost'"),
         (("status",), "importable", "a checkpoint has files unless it is importable, this one is importable"),
         (("files",), [], "a checkpoint has files unless it is importable, this one is embedded"),
-        (("files", 0, "name"), "../w.safetensors", "is not a plain file name"),
+        (("files", 0, "name"), "../w.safetensors", "is not a plain name"),
         (("files", 0, "sha256"), "abc", "needs a full sha256, got 'abc'"),
         (("files", 0, "sha256"), "A" * 64, "needs a full sha256"),
         (("files", 0, "bytes"), 1.5, r"files\[0\]: bytes must be int, got float"),
