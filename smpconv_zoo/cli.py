@@ -166,6 +166,10 @@ def publish(
         str | None,
         typer.Option(help=f"Organisation or user; where it is published already, or else {ORGANISATION}."),
     ] = None,
+    sign: Annotated[
+        Path | None,
+        typer.Option(metavar="KEY", help="Sign with this private key (PEM); its password: SMPCONV_KEY_PASSWORD."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed; send nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -173,7 +177,8 @@ def publish(
 
     The token is the Hub client's own: HF_TOKEN, or that of `hf auth login`.
     """
-    done = publish_checkpoint(checkpoint_id, org, dry_run=dry_run)
+    password = os.environ.get("SMPCONV_KEY_PASSWORD")
+    done = publish_checkpoint(checkpoint_id, org, dry_run=dry_run, sign=sign, password=password)
     if as_json:
         _print_json(_plain(done))
         return

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, hf_hub_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.hf_api import RepoFile
 from timm.models._hub import save_config_for_hf
@@ -28,7 +28,9 @@ from smpconv_zoo.evaluation.model_card import model_card
 from smpconv_zoo.files import write_whole
 from smpconv_zoo.models.build import create_on_meta, match_state_dict
 from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, Hub, card_bytes, weights_dir
+from smpconv_zoo.pretrained.errors import SignatureError
 from smpconv_zoo.pretrained.home import card_in_use, imported_file
+from smpconv_zoo.pretrained.signing import public_key_of, sign_files, signed_files, verify_signature
 from smpconv_zoo.pretrained.store import CheckpointError, read_safetensors, sha256_of
 
 __all__ = ["ORGANISATION", "PublishError", "Published", "PublishedFile", "publish_checkpoint"]
@@ -36,6 +38,7 @@ __all__ = ["ORGANISATION", "PublishError", "Published", "PublishedFile", "publis
 ORGANISATION = "smpconv"
 
 WEIGHTS, CONFIG, CARD, README = "model.safetensors", "config.json", "card.json", "README.md"
+SIGNATURE = f"{WEIGHTS}.sig"
 # The Hub itself puts this into every new repository.
 ATTRIBUTES = ".gitattributes"
 ATTEMPTS = 3
@@ -82,6 +85,8 @@ def publish_checkpoint(
     token: str | None = None,
     dry_run: bool = False,
     endpoint: str | None = None,
+    sign: Path | None = None,
+    password: str | None = None,
 ) -> Published:
     """Publish a checkpoint as ``org/checkpoint_id`` and pin the revision in its card; nothing is done twice.
 
@@ -91,9 +96,13 @@ def publish_checkpoint(
         token: Access token; the one that the Hub's client finds if None.
         dry_run: Only say what would be pushed: nothing is sent, nothing is kept.
         endpoint: Address of the Hub; the client's if None.
+        sign: Private key (PEM) to sign weights and card with; a bundle is pushed beside them. One by this key that
+            still holds is kept, and one that no longer fits what is pushed is removed.
+        password: Of the private key, if it is encrypted.
 
     Raises:
         CardError: No such checkpoint, or a malformed card.
+        SignatureError: A key that cannot be used to sign.
         CheckpointError: The weights are not here, or are not those of the card.
         PublishError: No token, no right, a repository with other content, a Hub that does not answer or does not give
             back what was pushed, or a card that cannot be written.
@@ -102,10 +111,11 @@ def publish_checkpoint(
     card = card_in_use(checkpoint_id)
     repo = f"{org or _organisation(card)}/{card.id}"
     files = _folder(card, repo)
-    listed = tuple(PublishedFile(name, len(data), sha256_of(data)) for name, data in files.items())
     readme = files[README].decode()
+    # Looked at before anything is sent: a key that cannot sign is no reason to leave half of the work done.
+    signer = None if sign is None else _Signer(sign, password, public_key_of(sign, password), _as_published(card))
     if dry_run:
-        return Published(card.id, repo, None, False, False, listed, readme)
+        return Published(card.id, repo, None, False, False, _listed(files), readme)
     target = weights_dir() / f"{card.id}.json"
     if not os.access(target.parent, os.W_OK) or not os.access(target, os.W_OK):
         raise PublishError(f"{target} cannot be written, and it has to name the revision; nothing was published")
@@ -116,10 +126,48 @@ def publish_checkpoint(
     hub = _Repository(HfApi(endpoint=endpoint, token=token), repo, card.id)
     # In a folder that goes in any case. What was verified is what is sent: the weights are not read a second time.
     with tempfile.TemporaryDirectory(prefix="smpconv-publish-") as scratch:
-        commit, committed = hub.push(files, Path(scratch))
+        commit, committed, files = hub.push(files, Path(scratch), signer)
         hub.check(files, commit, Path(scratch) / "read back")
     pinned = _pin(card, Hub(repo, commit), target, before)
-    return Published(card.id, repo, commit, committed, pinned, listed, readme)
+    return Published(card.id, repo, commit, committed, pinned, _listed(files), readme)
+
+
+def _listed(files: dict[str, bytes]) -> tuple[PublishedFile, ...]:
+    return tuple(PublishedFile(name, len(data), sha256_of(data)) for name, data in files.items())
+
+
+def _as_published(card: CheckpointCard) -> CheckpointCard:
+    """The card as it is wherever it is read: where the weights lie on this machine, and the revision, are no part."""
+    return dataclasses.replace(card, status="embedded" if card.status == "embedded" else "imported", hub=None)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Signer:
+    """A private key, and the card that is signed together with its weights."""
+
+    key: Path
+    password: str | None
+    public_key: bytes
+    card: CheckpointCard
+
+    def sign(self, weights: bytes) -> bytes:
+        with tempfile.TemporaryDirectory() as scratch:
+            bundle = Path(scratch) / SIGNATURE
+            sign_files(signed_files(weights, self.card), self.key, bundle, self.password)
+            return bundle.read_bytes()
+
+    def made(self, bundle: bytes, weights: bytes) -> bool:
+        """Whether a bundle is by this key and holds for these weights and this card."""
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / SIGNATURE).write_bytes(bundle)
+            (Path(scratch) / "public.pem").write_bytes(self.public_key)
+            try:
+                verify_signature(
+                    signed_files(weights, self.card), Path(scratch) / SIGNATURE, Path(scratch) / "public.pem"
+                )
+            except SignatureError:
+                return False
+            return True
 
 
 def _organisation(card: CheckpointCard) -> str:
@@ -143,12 +191,10 @@ def _folder(card: CheckpointCard, repo: str) -> dict[str, bytes]:
             f"the card of {card.id} says {card.tensors} tensors and {card.parameters:,} parameters, its weights are "
             f"{len(tensors)} and {parameters:,}"
         )
-    # As it is wherever it is read: where the weights lie on this machine, and the revision, are not part of it.
-    status = "embedded" if card.status == "embedded" else "imported"
     return {
         WEIGHTS: weights,
         CONFIG: _config(card),
-        CARD: card_bytes(dataclasses.replace(card, status=status, hub=None)),
+        CARD: card_bytes(_as_published(card)),
         README: model_card(card, repo, metadata).encode(),
     }
 
@@ -215,12 +261,17 @@ class _Repository:
     name: str
     checkpoint_id: str
 
-    def push(self, files: dict[str, bytes], scratch: Path) -> tuple[str, bool]:
-        """Bring the main branch to hold ``files``, in one commit; that commit, and whether it was made here."""
+    def push(
+        self, files: dict[str, bytes], scratch: Path, signer: _Signer | None
+    ) -> tuple[str, bool, dict[str, bytes]]:
+        """Bring the main branch to hold ``files``, in one commit.
+
+        Returns:
+            That commit, whether it was made here, and the files that it holds, with the signature if there is one.
+        """
         folder = scratch / "push"
         folder.mkdir()
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
+        made: bytes | None = None
         sent = False
         trouble: BaseException | None = None
         for attempt in range(ATTEMPTS):
@@ -230,17 +281,34 @@ class _Repository:
             try:
                 state = self._state() or self._create()
                 self._refuse_foreign(state, scratch / f"card {attempt}")
-                changed = [name for name, data in files.items() if not state.holds(name, data)]
-                if not changed:
-                    return state.commit, sent
+                old = self._signature(state, files, scratch / f"signature {attempt}")
+                wanted = dict(files)
+                if signer is None:
+                    # Who publishes without a key leaves a signature that still fits, and no other.
+                    wanted |= {} if old is None else {SIGNATURE: old}
+                elif old is not None and signer.made(old, files[WEIGHTS]):
+                    wanted[SIGNATURE] = old
+                else:
+                    # Made once: every signature differs, and a commit whose answer was lost has to be found again.
+                    made = made or signer.sign(files[WEIGHTS])
+                    wanted[SIGNATURE] = made
+                changed = [name for name, data in wanted.items() if not state.holds(name, data)]
+                stale = SIGNATURE in state.files and SIGNATURE not in wanted
+                if not changed and not stale:
+                    return state.commit, sent, wanted
                 sent = True
+                for name in changed:
+                    (folder / name).write_bytes(wanted[name])
                 done = self.api.create_commit(
                     self.name,
-                    [CommitOperationAdd(name, folder / name) for name in changed],
+                    [
+                        *(CommitOperationAdd(name, folder / name) for name in changed),
+                        *([CommitOperationDelete(SIGNATURE)] if stale else []),
+                    ],
                     commit_message=f"Publish {self.checkpoint_id} with smpconv_zoo {__version__}",
                     parent_commit=state.commit,
                 )
-                return done.oid, True
+                return done.oid, True, wanted
             except CheckpointError:
                 raise
             except CLIENT_ERRORS as error:
@@ -249,6 +317,12 @@ class _Repository:
                     break
         assert trouble is not None
         raise PublishError(self._sentence(trouble)) from trouble
+
+    def _signature(self, state: _State, files: dict[str, bytes], cache: Path) -> bytes | None:
+        """The signature that is there, if what it signs is what is pushed."""
+        if SIGNATURE not in state.files or not all(state.holds(name, files[name]) for name in (WEIGHTS, CARD)):
+            return None
+        return self._download(SIGNATURE, state.commit, cache)
 
     def check(self, files: dict[str, bytes], commit: str, cache: Path) -> None:
         """Read every file of a commit into an empty cache and compare it bit for bit."""
@@ -295,7 +369,7 @@ class _Repository:
         there = set(state.files) - {ATTRIBUTES}
         if not there:
             return
-        foreign = sorted(there - {WEIGHTS, CONFIG, CARD, README})
+        foreign = sorted(there - {WEIGHTS, CONFIG, CARD, README, SIGNATURE})
         owner = None
         if CARD in there:
             try:

@@ -6,6 +6,7 @@ Every byte is hashed on every load, cached or not, and what is hashed is what is
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from smpconv_zoo.pretrained.cards import (
     load_card,
 )
 from smpconv_zoo.pretrained.home import imported_card, imported_file, quarantine
+from smpconv_zoo.pretrained.signing import signature_beside, signature_required
 from smpconv_zoo.pretrained.store import CheckpointError, WrongBytesError, embedded_file, how_to_get, read_safetensors
 
 __all__ = ["LoadedWeights", "load_folder", "load_repository", "load_weights", "read_verified"]
@@ -67,6 +69,7 @@ def load_weights(card: CheckpointCard, cache_dir: CacheDir = None) -> LoadedWeig
         f"`smpconv-zoo import {card.id} --file FILE`"
     )
     path, _ = hub.fetch(card.hub.repo, card.hub.revision, hub.WEIGHTS_NAME, remedy, cache_dir)
+    _fetch_signature_if_required(card.hub.repo, card.hub.revision, remedy, cache_dir)
     return LoadedWeights(*read_verified(path, card.files[0].sha256, DOWNLOAD_AGAIN, hub.drop_from_cache), "hub")
 
 
@@ -100,7 +103,18 @@ def load_repository(repo: str, revision: str | None, network: str, cache_dir: Ca
         raise CheckpointError(
             f"neither {repo} at {commit} nor the Hub declares a sha256 for its {hub.WEIGHTS_NAME}; it was not loaded"
         )
+    _fetch_signature_if_required(repo, commit, remedy, cache_dir)
     return LoadedWeights(*read_verified(path, declared, DOWNLOAD_AGAIN, hub.drop_from_cache), "hub")
+
+
+def _fetch_signature_if_required(repo: str, commit: str, remedy: str, cache_dir: CacheDir) -> None:
+    """Put card and signature beside the weights in the cache, where the check that follows looks for them."""
+    if not signature_required():
+        return
+    for name in (hub.CARD_NAME, signature_beside(Path(hub.WEIGHTS_NAME)).name):
+        # What is missing is left to the check: it says that a signature is required and which part is not there.
+        with contextlib.suppress(hub.HubFileMissingError):
+            hub.fetch(repo, commit, name, remedy, cache_dir)
 
 
 def load_folder(folder: str | os.PathLike[str], network: str) -> LoadedWeights:

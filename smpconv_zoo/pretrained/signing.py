@@ -34,6 +34,7 @@ __all__ = [
     "card_beside",
     "check_signature_if_required",
     "generate_keys",
+    "public_key_of",
     "require_signature",
     "sign_checkpoint",
     "sign_files",
@@ -281,7 +282,25 @@ def _staged(files: Files) -> Iterator[Path]:
         yield folder
 
 
-def _check_private_key(path: Path, password: str | None) -> None:
+def public_key_of(private_key: Path, password: str | None = None) -> bytes:
+    """The public half of a private key, as PEM.
+
+    Raises:
+        SignatureError: A key that cannot be used to sign, or a wrong password.
+        OSError: The file cannot be read.
+        ImportError: The packages that sign are not installed.
+    """
+    _model_signing()
+    from cryptography.hazmat.primitives import serialization
+
+    key = _check_private_key(private_key, password)
+    pem: bytes = key.public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+    return pem
+
+
+def _check_private_key(path: Path, password: str | None) -> Any:
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -295,6 +314,7 @@ def _check_private_key(path: Path, password: str | None) -> None:
         wrong = "not a PEM private key, or the password is wrong" if password else "not a PEM private key"
         raise SignatureError(f"{path} cannot be used to sign: {wrong}") from error
     _check_curve(path, isinstance(key, ec.EllipticCurvePrivateKey) and key.curve.name)
+    return key
 
 
 def _public_key_digest(path: Path) -> str:
