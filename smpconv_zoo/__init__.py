@@ -8,7 +8,8 @@ from smpconv_zoo._version import __version__
 from smpconv_zoo.checkpoints import convert_checkpoint, create_model
 from smpconv_zoo.kernels import render_kernel
 from smpconv_zoo.layers import SMPConv1d, SMPConv2d, clip_radius_
-from smpconv_zoo.pretrained.cards import checkpoint_card, list_checkpoints
+from smpconv_zoo.pretrained.cards import list_checkpoints
+from smpconv_zoo.pretrained.home import card_in_use as checkpoint_card
 
 __all__ = [
     "SMPConv1d",

@@ -11,6 +11,7 @@ from typing import Any
 from smpconv_zoo.checkpoints import network_names
 from smpconv_zoo.models.build import create_on_meta, sample_shape
 from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, checkpoint_card, list_checkpoints
+from smpconv_zoo.pretrained.home import card_in_use, imported_file
 from smpconv_zoo.pretrained.store import how_to_get
 
 __all__ = ["NetworkFacts", "list_networks", "look_up", "match_checkpoints", "network_facts", "where_weights_come_from"]
@@ -53,7 +54,7 @@ def look_up(name: str) -> CheckpointCard | NetworkFacts:
         CardError: Nothing is called so (near names are listed), or a malformed card.
     """
     if name in list_checkpoints():
-        return checkpoint_card(name)
+        return card_in_use(name)
     networks = network_names()
     if name in networks:
         return network_facts(name)
@@ -86,8 +87,16 @@ def match_checkpoints(patterns: Sequence[str]) -> list[str]:
 
 
 def where_weights_come_from(card: CheckpointCard) -> str:
-    """One sentence: shipped with the package, or how to get them."""
-    if card.status != "embedded":
-        return how_to_get(card)
-    files = ", ".join(f"{file.name} ({file.bytes:,} bytes, sha256 {file.sha256})" for file in card.files)
-    return f"ships with this package, verified on every load: {files}"
+    """One sentence: shipped with the package, imported from which file, on the Hub, or how to get them."""
+    if card.status == "imported" and card.source is not None:
+        file, source = card.files[0], card.source
+        return (
+            f"imported from {source.url or source.name} (sha256 {source.sha256}) as {imported_file(card)} "
+            f"({file.bytes:,} bytes, sha256 {file.sha256})"
+        )
+    if card.status == "embedded":
+        files = ", ".join(f"{file.name} ({file.bytes:,} bytes, sha256 {file.sha256})" for file in card.files)
+        return f"ships with this package, verified on every load: {files}"
+    if card.hub is not None:
+        return f"downloaded when first used, verified on every load: {card.hub.repo} at {card.hub.revision} on the Hub"
+    return how_to_get(card)

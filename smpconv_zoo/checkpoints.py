@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import smpconv_zoo.models  # noqa: F401  (registers the networks)
 from smpconv_zoo.files import write_whole
 from smpconv_zoo.models.build import create_on_meta, match_state_dict
+from smpconv_zoo.pretrained.hub import fetch
 from smpconv_zoo.pretrained.store import CheckpointError, StoredWeights, read_weights, sha256_of
 
 __all__ = [
@@ -71,14 +72,22 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     """``timm.create_model`` for the networks of this package, with near names listed for a wrong one.
 
     Args:
-        name: Network, or ``network.tag``.
+        name: Network, ``network.tag``, ``hf-hub:ORG/NAME`` or ``local-dir:PATH``.
         pretrained: Load the checkpoint's weights, verified.
         **kwargs: As for ``timm.create_model``.
 
     Raises:
         ValueError: No such network.
+        CheckpointError: Weights that cannot be had or are not those declared, or a Hub out of reach.
     """
-    check_network_name(name)
+    source, _, place = name.partition(":")
+    if source == "hf-hub":
+        # timm asks for the repository's configuration itself, and repeats itself for 23 s where nobody answers.
+        repo, _, revision = place.partition("@")
+        remedy = "fetch the repository on another machine and load the folder as 'local-dir:PATH'"
+        fetch(repo, revision or "main", "config.json", remedy, kwargs.get("cache_dir"))
+    elif source != "local-dir":
+        check_network_name(name)
     return timm.create_model(name, pretrained=pretrained, **kwargs)
 
 

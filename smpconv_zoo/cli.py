@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -26,10 +27,16 @@ from smpconv_zoo.checkpoints import convert_file
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
-from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
+from smpconv_zoo.importing import Imported, import_checkpoint
+from smpconv_zoo.pretrained.cards import CheckpointCard, list_checkpoints
+from smpconv_zoo.pretrained.home import card_in_use
+from smpconv_zoo.pretrained.signing import generate_keys, sign_checkpoint, signature_required
 from smpconv_zoo.pretrained.store import CheckpointError
+from smpconv_zoo.publishing import ORGANISATION, Published, publish_checkpoint
 from smpconv_zoo.training.recipe import load_recipe, parse_overrides
 from smpconv_zoo.training.sequence import run_recipe
+from smpconv_zoo.verifying import failed, find, verify_all
+from smpconv_zoo.verifying import verify as verify_one
 
 __all__ = ["app", "main"]
 
@@ -37,6 +44,7 @@ __all__ = ["app", "main"]
 EXPECTED_ERRORS = (ValueError, CheckpointError, OSError, ImportError, FloatingPointError)
 
 CHECKPOINTS = ("checkpoint", "parameters", "status", "data", "paper top-1", "measured top-1")
+_VERDICTS = {True: "ok", False: "FAILED", None: "skipped"}
 NETWORKS = ("network", "parameters", "family", "input", "classes")
 
 app = typer.Typer(
@@ -81,7 +89,7 @@ def _options(
 @app.command("list", epilog="Example: `smpconv-zoo list --json`")
 def list_(as_json: Json = False) -> None:
     """List all checkpoints and networks."""
-    cards = [checkpoint_card(name) for name in list_checkpoints()]
+    cards = [card_in_use(name) for name in list_checkpoints()]
     networks = list_networks()
     if as_json:
         _print_json({"checkpoints": [_plain(card) for card in cards], "networks": [_plain(n) for n in networks]})
@@ -130,6 +138,49 @@ def convert(
     typer.echo(f"sha256  {done.sha256}")
 
 
+@app.command(
+    "import",
+    epilog="Example: `smpconv-zoo import smpconv_t.in1k`, or with `--file SMPConv_T.pth.tar` if it is here already",
+)
+def import_(
+    checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint to import.")],
+    file: Annotated[Path | None, typer.Option(help="The published file, if it need not be downloaded.")] = None,
+    accept_new: Annotated[
+        bool, typer.Option("--accept-new", help="Take another file than the one imported before.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch a checkpoint that its authors publish, convert it without executing anything in it, and keep it."""
+    done = import_checkpoint(checkpoint_id, file, accept_new=accept_new)
+    if as_json:
+        _print_json(_plain(done))
+        return
+    for line in _import_lines(done):
+        typer.echo(line)
+
+
+@app.command(epilog="Example: `smpconv-zoo publish smpconv_tcn_mnist.smnist5k --dry-run`")
+def publish(
+    checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint whose weights are on this machine.")],
+    org: Annotated[
+        str | None,
+        typer.Option(help=f"Organisation or user; where it is published already, or else {ORGANISATION}."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be pushed; send nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish a checkpoint on the Hugging Face Hub, read it back, and pin the revision in its card.
+
+    The token is the Hub client's own: HF_TOKEN, or that of `hf auth login`.
+    """
+    done = publish_checkpoint(checkpoint_id, org, dry_run=dry_run)
+    if as_json:
+        _print_json(_plain(done))
+        return
+    for line in _publish_lines(done):
+        typer.echo(line)
+
+
 @app.command("eval", epilog="Example: `smpconv-zoo eval 'smpconv_tcn_mnist.*' --json`")
 def eval_(
     ids: Annotated[list[str], typer.Argument(help="Checkpoints; wildcards such as 'smpconv_tcn*' are taken.")],
@@ -145,6 +196,73 @@ def eval_(
     else:
         _print_results(results)
     _exit_on_difference(results)
+
+
+@app.command(epilog="Example: `smpconv-zoo verify --all`, or `smpconv-zoo verify ./folder --public-key zoo.pem --json`")
+def verify(
+    targets: Annotated[
+        list[str] | None, typer.Argument(metavar="[ID|PATH]...", help="Checkpoints, weight files, or folders of one.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="All embedded and imported checkpoints.")] = False,
+    require_signature: Annotated[
+        bool, typer.Option("--require-signature", help="Without a valid signature, fail; so does --public-key.")
+    ] = False,
+    public_key: Annotated[
+        Path | None, typer.Option(metavar="PEM", help="Trusted key; SMPCONV_PUBLIC_KEY if not given.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check checkpoints against their cards, offline: hash, structure, load, golden logits, signature."""
+    if bool(targets) == every:
+        raise typer.BadParameter("give checkpoints, or --all")
+    # Whoever names a key wants it used: a file without a signature must not pass for one that has it.
+    mode: Literal["auto", "require"] = (
+        "require" if require_signature or public_key is not None or signature_required() else "auto"
+    )
+    found = (
+        verify_all(mode, public_key) if every else {name: verify_one(name, mode, public_key) for name in targets or ()}
+    )
+    faults = {name: failed(steps) for name, steps in found.items()}
+    if as_json:
+        _print_json(
+            [
+                {"target": name, "ok": faults[name] is None, "steps": [_plain(step) for step in steps]}
+                for name, steps in found.items()
+            ]
+        )
+    else:
+        for name, steps in found.items():
+            for step in steps:
+                typer.echo(f"{name}  {step.name:9}  {_VERDICTS[step.ok]:7}  {step.message}")
+    if wrong := [f"{name} ({step})" for name, step in faults.items() if step]:
+        typer.echo(f"smpconv-zoo: not verified: {', '.join(wrong)}", err=True)
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `smpconv-zoo sign smpconv_tcn_mnist.smnist5k --key keys/private.pem --out smnist5k.sig`")
+def sign(
+    target: Annotated[str, typer.Argument(metavar="ID|PATH", help="A checkpoint, a weight file, or a folder of one.")],
+    key: Annotated[Path, typer.Option(help="Private key, PEM; its password is read from SMPCONV_KEY_PASSWORD.")],
+    out: Annotated[Path, typer.Option(help="Bundle to write.")],
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the bundle if it exists.")] = False,
+) -> None:
+    """Sign a checkpoint's weights and card into a detached OpenSSF Model Signing bundle."""
+    weights, card = find(target)
+    if card is None:
+        raise CheckpointError(f"{weights} has no card beside it; weights are signed together with their card")
+    sign_checkpoint(weights, card, key, out, os.environ.get("SMPCONV_KEY_PASSWORD"), overwrite=force)
+    typer.echo(f"signed  {weights}")
+    typer.echo(f"wrote   {out}")
+
+
+@app.command(epilog="Example: `smpconv-zoo keygen --out ~/smpconv-keys`")
+def keygen(
+    out: Annotated[Path, typer.Option(help="Folder for private.pem and public.pem; neither may exist.")],
+) -> None:
+    """Make a P-256 key pair for signing; SMPCONV_KEY_PASSWORD, if it is set, encrypts the private key."""
+    private, public = generate_keys(out, os.environ.get("SMPCONV_KEY_PASSWORD"))
+    typer.echo(f"private key  {private}: keep it to yourself, and out of every repository")
+    typer.echo(f"public key   {public}: hand it to those who are to check your signatures")
 
 
 @app.command(epilog="Example: `smpconv-zoo demo --out demo`, then open `demo/index.html`")
@@ -188,6 +306,39 @@ def train(
     if card is not None and card.measured is not None:
         typer.echo(f"test top-1 {card.measured.top1:.2f} % ({card.measured.correct} of {card.measured.total})")
     typer.echo(f"wrote {out}")
+
+
+def _import_lines(done: Imported) -> Iterator[str]:
+    source = done.source
+    yield f"read    {source.name} ({source.bytes:,} bytes): {'averaged' if source.averaged else 'trained'} weights"
+    yield f"sha256  {source.sha256}"
+    yield f"{'wrote' if done.changed else 'kept ':7} {done.path} ({done.bytes:,} bytes)"
+    yield f"sha256  {done.sha256}"
+    if done.trusted == "declared":
+        yield f"These are the bytes that the card of {done.id} declares."
+    elif done.trusted == "first use":
+        yield "Trusted on first use: nobody publishes a hash of this file. From now on no other is taken unasked."
+    elif done.trusted == "accepted":
+        yield "Another file than the one imported before, accepted as asked. From now on this one is the recorded one."
+    if not done.changed:
+        yield "This very file was imported before; nothing was done."
+    yield f"Whether these weights are as good as published: smpconv-zoo eval {done.id}"
+
+
+def _publish_lines(done: Published) -> Iterator[str]:
+    for file in done.files:
+        yield f"{file.name:17}  {file.bytes:>11,} bytes  sha256 {file.sha256}"
+    if done.revision is None:
+        yield f"Would be pushed to {done.repo}; nothing was sent. The README.md:"
+        yield ""
+        yield done.readme.rstrip()
+        return
+    yield f"{'Pushed to' if done.committed else 'Already at'} {done.repo}, revision {done.revision}"
+    yield "Read back into an empty cache: every file equal, bit for bit."
+    if done.pinned:
+        yield f"The card of {done.id} now names this revision: commit the change."
+    else:
+        yield f"The card of {done.id} names this revision already: nothing was changed."
 
 
 def _evaluate(ids: Sequence[str], batch_size: int, device: str, threads: int | None) -> list[EvaluationResult]:

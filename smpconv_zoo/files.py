@@ -7,7 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["write_new", "write_whole"]
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -33,3 +33,25 @@ def write_whole(path: Path, data: bytes) -> None:
             # The reader asked for `path` and should not hear of the file beside it.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:
+    """Write ``data`` under a name that must be free, whole or not at all, with ``mode`` from the first byte on.
+
+    Raises:
+        FileExistsError: ``path`` exists; it is as it was.
+        OSError: The folder does not exist or cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(aside, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        # A link, unlike a rename, fails where the name is taken.
+        os.link(aside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            aside.unlink()

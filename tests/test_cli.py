@@ -59,7 +59,9 @@ def test_the_package_imports_neither_the_command_line_nor_the_extras() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("command", [(), ("list",), ("info",), ("convert",), ("eval",), ("demo",)])
+@pytest.mark.parametrize(
+    "command", [(), ("list",), ("info",), ("convert",), ("import",), ("publish",), ("eval",), ("demo",)]
+)
 def test_every_help_shows_an_example(call: Call, command: tuple[str, ...]) -> None:
     code, out, err = call(*command, "--help")
     assert (code, err) == (0, "")

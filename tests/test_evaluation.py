@@ -52,7 +52,9 @@ def add_checkpoint(weights: Path, tag: str, permutation: list[int] | None, corre
         "arguments": ARGUMENTS,
         "status": "embedded",
         "files": [{"name": path.name, "sha256": sha256, "bytes": path.stat().st_size}],
+        "tensors": len(model.state_dict()),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "macs": 0,
         "data": {
             "name": "mnist5k",
             "input": "sequence" if permutation is None else "permuted sequence",
@@ -61,6 +63,9 @@ def add_checkpoint(weights: Path, tag: str, permutation: list[int] | None, corre
         "paper": None,
         "measured": {"top1": correct / 10, "correct": correct, "total": 1000, **where},
         "training": None,
+        "golden": None,
+        "hub": None,
+        "source": None,
         "license": "MIT",
         "origin": "random weights of a test",
     }

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 import smpconv_zoo
 from smpconv_zoo.checkpoints import convert_checkpoint, write_safetensors
 from smpconv_zoo.pretrained.cards import CardError, checkpoint_card, list_checkpoints, load_card, weights_dir
-from smpconv_zoo.pretrained.store import CheckpointError, load_embedded, read_checkpoint, read_safetensors, sha256_of
+from smpconv_zoo.pretrained.locate import load_weights
+from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint, read_safetensors, sha256_of
 
 EMBEDDED = ["smpconv_tcn_mnist.pmnist5k", "smpconv_tcn_mnist.smnist5k"]
 IMPORTABLE = [name for name in list_checkpoints() if name not in EMBEDDED]
@@ -122,7 +123,7 @@ def test_a_flipped_byte_is_refused_with_both_hashes(checkout: Path) -> None:
     answer = create_in(checkout, EMBEDDED[0])
     assert "loaded" not in answer.splitlines()
     last = answer.strip().splitlines()[-1]
-    assert last.startswith("smpconv_zoo.pretrained.store.CheckpointError") and "it was not loaded" in last
+    assert last.startswith("smpconv_zoo.pretrained.errors.") and "it was not loaded" in last
     for sha256 in (checkpoint_card(EMBEDDED[0]).files[0].sha256, sha256_of(bytes(data))):
         assert sha256 in last
 
@@ -307,8 +308,8 @@ def test_how_to_get_what_does_not_ship(checkpoint: str) -> None:
         timm.create_model(checkpoint, pretrained=True)
     sentence = str(caught.value)
     assert card.origin in sentence and "\n" not in sentence
-    assert f"smpconv-zoo convert FILE --model {card.network} --out {checkpoint}.safetensors" in sentence
-    assert f"pretrained_cfg_overlay=dict(file='{checkpoint}.safetensors')" in sentence
+    assert f"`smpconv-zoo import {checkpoint}`" in sentence
+    assert f"`smpconv-zoo import {checkpoint} --file FILE`" in sentence
 
 
 def test_networks_without_checkpoints_say_so() -> None:
@@ -343,7 +344,7 @@ def test_a_card_is_true(checkpoint: str) -> None:
     for file in card.files:
         data = (weights_dir() / file.name).read_bytes()
         assert (len(data), sha256_of(data)) == (file.bytes, file.sha256)
-        tensors, _ = load_embedded(card)
+        tensors = load_weights(card).tensors
         assert tensors.keys() == model.state_dict().keys()
     if card.measured is not None:
         assert card.measured.top1 == pytest.approx(100 * card.measured.correct / card.measured.total)
@@ -378,7 +379,7 @@ def put(card: Any, where: tuple[Any, ...], value: Any) -> Any:
         (("status",), "lost", r"status must be one of \('embedded', .*'importable'\), got 'lost'"),
         (("status",), "importable", "a checkpoint has files unless it is importable, this one is importable"),
         (("files",), [], "a checkpoint has files unless it is importable, this one is embedded"),
-        (("files", 0, "name"), "../w.safetensors", "is not a plain file name"),
+        (("files", 0, "name"), "../w.safetensors", "is not a plain name"),
         (("files", 0, "sha256"), "abc", "needs a full sha256, got 'abc'"),
         (("files", 0, "sha256"), "A" * 64, "needs a full sha256"),
         (("files", 0, "bytes"), 1.5, r"files\[0\]: bytes must be int, got float"),

@@ -31,20 +31,28 @@ ORDER = (
     ("data",),
     ("evaluation",),
     ("training",),
-    ("hub",),
+    ("importing", "publishing", "verifying"),
     ("cli",),
     ("__main__",),
 )
 # Inside the folders the same holds; the package's own __init__ stands right of everything it names.
 ORDER_WITHIN = {
     "ops": (("reference", "fft"), ("dispatch",), ("__init__",)),
-    "pretrained": (("cards", "remap"), ("store", "home"), ("importer", "publish", "signing"), ("__init__",)),
+    "pretrained": (
+        ("errors",),
+        ("cards", "remap", "structure"),
+        ("home", "signing"),
+        ("store",),
+        ("hub",),
+        ("locate",),
+        ("__init__",),
+    ),
     "models": (("build",), ("image", "sequence"), ("__init__",)),
     "data": (("mfcc", "protocol"), ("mnist5k",), ("__init__",)),
     "evaluation": (
-        ("complexity", "figures", "golden", "throughput"),
-        ("classification",),
-        ("report", "tables"),
+        ("complexity", "figures", "golden", "tables"),
+        ("classification", "model_card"),
+        ("report",),
         ("__init__",),
     ),
     "training": (("augment", "groups", "recipe", "schedules"), ("sequence", "image", "engine"), ("__init__",)),

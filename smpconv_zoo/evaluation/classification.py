@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from smpconv_zoo.checkpoints import create_model
 from smpconv_zoo.data.mnist5k import mnist5k_sequences
 from smpconv_zoo.environment import versions
-from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult, checkpoint_card
-from smpconv_zoo.pretrained.store import CheckpointError, load_embedded
+from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult
+from smpconv_zoo.pretrained.home import card_in_use
+from smpconv_zoo.pretrained.locate import load_weights
+from smpconv_zoo.pretrained.store import CheckpointError
 
 __all__ = ["TEST_SETS", "EvaluationResult", "evaluate_checkpoint", "load_pretrained", "predict", "top1"]
 
@@ -69,7 +71,7 @@ def evaluate_checkpoint(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     target = _usable_device(device)
-    card = checkpoint_card(checkpoint_id)
+    card = card_in_use(checkpoint_id)
     model = load_pretrained(card).to(target)
     x, y = _test_set(card)
     if limit is not None and limit < len(x):
@@ -157,7 +159,7 @@ def _test_set(card: CheckpointCard) -> tuple[Tensor, Tensor]:
 
 def _permutation(card: CheckpointCard) -> list[int]:
     """The pixel order that travels with the weights: without it they mean nothing."""
-    metadata = load_embedded(card)[1]
+    metadata = load_weights(card).metadata
     try:
         order: Any = json.loads(metadata["permutation"])
     except (KeyError, json.JSONDecodeError) as error:

@@ -35,14 +35,15 @@ def weights_page() -> str:
 
 
 def _row(card: CheckpointCard, root: str) -> tuple[str, ...]:
-    weights = {
-        "embedded": "embedded",
-        "published": f"[{card.hub.repo}](https://huggingface.co/{card.hub.repo})" if card.hub else "",
-        "importable": f"[the authors']({card.origin}), import",
-    }.get(card.status, card.status)
+    weights = ["embedded"] if card.status == "embedded" else []
+    if card.hub is not None:
+        weights.append(f"[Hub](https://huggingface.co/{card.hub.repo}/tree/{card.hub.revision})")
+    if card.status == "importable":
+        weights.append(f"[the authors']({card.origin}), import")
     paper = "" if card.paper is None else f"{card.paper.top1:.2f}"
     measured = "" if card.measured is None else f"[{card.measured.top1:.2f}]({root}{card.measured.log})"
-    return f"`{card.id}`", f"{card.data.name}, {card.data.input}", f"{card.parameters:,}", weights, paper, measured
+    data, parameters = f"{card.data.name}, {card.data.input}", f"{card.parameters:,}"
+    return f"`{card.id}`", data, parameters, ", ".join(weights), paper, measured
 
 
 def _section(card: CheckpointCard) -> str:

@@ -17,8 +17,11 @@ from timm.models import (
 from torch import Tensor, nn
 
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints, weights_dir
+from smpconv_zoo.pretrained.home import imported_card, imported_file
+from smpconv_zoo.pretrained.hub import WEIGHTS_NAME
+from smpconv_zoo.pretrained.locate import load_folder, load_repository, load_weights
 from smpconv_zoo.pretrained.remap import remap_reference_state_dict
-from smpconv_zoo.pretrained.store import CheckpointError, how_to_get, load_embedded, read_checkpoint
+from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint
 
 __all__ = [
     "IMAGE_POOLS",
@@ -47,26 +50,42 @@ PAPER = {
 
 
 def checkpoint_cfgs(network: str, cfg: dict[str, Any], default_tag: str = "") -> dict[str, dict[str, Any]]:
-    """timm's default cfgs of a network, one for each checkpoint that has a card: the default, then embedded ones."""
+    """timm's default cfgs of a network, one for each checkpoint that has a card.
+
+    The default comes first, then those whose weights are at hand or on the Hub; ``timm.list_pretrained`` lists these.
+    """
     cards = [checkpoint_card(name) for name in list_checkpoints() if name.startswith(f"{network}.")]
-    cards.sort(key=lambda card: (card.tag != default_tag, card.status != "embedded"))
+    sources = {card.id: _weight_source(card) for card in cards}
+    cards.sort(key=lambda card: (card.tag != default_tag, card.status != "embedded", not sources[card.id]))
     if not cards:
         return {network: cfg}
-    return {card.id: {**cfg, **_card_cfg(card)} for card in cards}
+    return {card.id: {**cfg, **_card_cfg(card), **sources[card.id]} for card in cards}
 
 
 def _card_cfg(card: CheckpointCard) -> dict[str, Any]:
-    entries: dict[str, Any] = {"license": card.license.lower(), "description": f"{card.data.name}, {card.data.input}"}
-    if card.files:
-        entries["file"] = str(weights_dir() / card.files[0].name)
-    return entries
+    return {"license": card.license.lower(), "description": f"{card.data.name}, {card.data.input}"}
+
+
+def _weight_source(card: CheckpointCard) -> dict[str, Any]:
+    """By these entries timm knows that there are weights; what is loaded is decided anew at every load."""
+    if card.status == "embedded":
+        return {"file": str(weights_dir() / card.files[0].name)}
+    try:
+        imported = imported_card(card.id)
+        if imported is not None:
+            return {"file": str(imported_file(imported))}
+    except (OSError, ValueError, RuntimeError):
+        # A damaged store, or a user without a home: the package has to import; a load from the store will complain.
+        pass
+    return {"hf_hub_id": f"{card.hub.repo}@{card.hub.revision}"} if card.hub is not None else {}
 
 
 def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwargs: Any) -> ModelT:
     """Build ``variant`` through timm.
 
-    Weights from a file, embedded or the user's, are read and checked here, converted if they bear the authors' names,
-    and compared with the network key by key; timm then adapts classifier and input channels as for any of its networks.
+    All weights (a checkpoint's, a repository's, a folder's, the user's file) are read and checked here, converted if
+    they bear the authors' names, and compared with the network key by key; timm then adapts classifier and input
+    channels as for any of its networks.
 
     Raises:
         CheckpointError: ``pretrained`` and no weights at hand, or weights that do not fit.
@@ -79,8 +98,14 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
         if pretrained_cfg and pretrained_cfg not in tags:
             there = ", ".join(tags) or "none"
             raise RuntimeError(f"{variant} has no checkpoint tag {pretrained_cfg!r}; its tags are: {there}")
+    source = None
     if pretrained:
-        overlay.update(_load_weights(variant, pretrained_cfg, overlay, kwargs.get("num_classes")))
+        cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+        if not cfg.state_dict:
+            # timm would read a cfg's own repository or folder itself, before it looks at the weights given to it.
+            source = cfg.source
+            weights = _load_weights(variant, cfg, overlay, kwargs.get("cache_dir"))
+            overlay |= {"state_dict": weights, "source": None, **_classes_of_file(weights, cfg, overlay, kwargs)}
     model: ModelT = build_model_with_cfg(
         model_cls,
         variant,
@@ -92,8 +117,10 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
         **kwargs,
     )
     # timm keeps the cfg with the network; the weights that came with it are in the network already.
-    cfg: Any = model.pretrained_cfg
-    cfg.pop("state_dict", None)
+    own: Any = model.pretrained_cfg
+    own.pop("state_dict", None)
+    if source:
+        own["source"] = source
     return model
 
 
@@ -102,34 +129,51 @@ def _depth(model_cls: type[nn.Module], arguments: dict[str, Any]) -> int:
     return len(arguments.get("dims", inspect.signature(model_cls).parameters["dims"].default))
 
 
-def _load_weights(
-    variant: str, pretrained_cfg: Any, overlay: dict[str, Any], num_classes: int | None
+def _classes_of_file(
+    weights: dict[str, Tensor], cfg: Any, overlay: dict[str, Any], arguments: dict[str, Any]
 ) -> dict[str, Any]:
-    """Cfg entries that hand timm verified weights, empty where timm fetches them itself (hub, url, given in memory)."""
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
-    if cfg.source in ("hf-hub", "local-dir") or cfg.state_dict:
+    """The cfg's number of classes, put right for a file of the user's.
+
+    timm drops a classifier unless the cfg has as many classes as the network, and the cfg is of other weights.
+    """
+    if not overlay.get("file") or "num_classes" in overlay:
         return {}
-    checkpoint = f"{variant}.{cfg.tag}" if cfg.tag else variant
-    card = checkpoint_card(checkpoint) if checkpoint in list_checkpoints() else None
+    classifier = remap_reference_state_dict(weights).get(f"{cfg.classifier}.weight")
+    asked = arguments.get("num_classes")
+    return {"num_classes": asked} if classifier is not None and classifier.size(0) == asked else {}
+
+
+def _load_weights(variant: str, cfg: Any, overlay: dict[str, Any], cache_dir: Any) -> dict[str, Tensor]:
+    """Verified weights from where a resolved cfg says that they are."""
+    if cfg.source == "local-dir":
+        return load_folder(cfg.file, variant).tensors
+    if cfg.source == "hf-hub" or overlay.get("hf_hub_id"):
+        return _load_repository(variant, cfg, cache_dir)
     if overlay.get("file"):
-        weights = remap_reference_state_dict(read_checkpoint(overlay["file"]))
-        entries: dict[str, Any] = {"state_dict": weights}
-        # timm drops a classifier unless the cfg has as many classes as the network, and the cfg is of other weights.
-        classifier = weights.get(f"{cfg.classifier}.weight")
-        if classifier is not None and classifier.size(0) == num_classes and "num_classes" not in overlay:
-            entries["num_classes"] = num_classes
-        return entries
-    if card is not None and card.status == "embedded" and "file" not in overlay:
-        return {"state_dict": load_embedded(card)[0]}
+        return read_checkpoint(overlay["file"])
+    checkpoint = f"{variant}.{cfg.tag}" if cfg.tag else variant
+    if checkpoint in list_checkpoints():
+        registered: Any = timm.get_pretrained_cfg(checkpoint)
+        if (cfg.file, cfg.hf_hub_id, cfg.url) == (registered.file, registered.hf_hub_id, registered.url):
+            return load_weights(checkpoint_card(checkpoint), cache_dir).tensors
     if cfg.file:
-        return {"state_dict": read_checkpoint(cfg.file)}
-    if cfg.hf_hub_id or cfg.url:
-        return {}
-    if card is not None:
-        raise CheckpointError(how_to_get(card))
+        return read_checkpoint(cfg.file)
+    if cfg.hf_hub_id:
+        return _load_repository(variant, cfg, cache_dir)
+    if cfg.url:
+        raise CheckpointError(
+            f"nothing vouches for {cfg.url}: download it and pass pretrained_cfg_overlay=dict(file=...)"
+        )
     raise CheckpointError(
         f"there are no pretrained weights for {variant}; create it with pretrained=False and train it"
     )
+
+
+def _load_repository(variant: str, cfg: Any, cache_dir: Any) -> dict[str, Tensor]:
+    if cfg.hf_hub_filename not in (None, WEIGHTS_NAME):
+        raise CheckpointError(f"only {WEIGHTS_NAME} is loaded from a repository, not {cfg.hf_hub_filename}")
+    repo, _, revision = cfg.hf_hub_id.partition("@")
+    return load_repository(repo, revision or None, variant, cache_dir).tensors
 
 
 def match_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -162,6 +206,8 @@ def match_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     out = {}
     for name, tensor in state_dict.items():
         expected = own[name].shape if name in own else tensor.shape
+        if name in own and tensor.is_floating_point() != own[name].is_floating_point():
+            raise CheckpointError(f"{name} holds {tensor.dtype}, the network expects {own[name].dtype}")
         if tensor.shape != expected and not free(name):
             adaptable = name.removesuffix(".weight") in inputs and name.endswith(".weight")
             if not (adaptable and tensor.dim() == len(expected) and in_chans is not None):

@@ -23,10 +23,11 @@ BACKENDS = ("fft", "reference")
 # Thresholds of `auto`, read off eval/results/convolution_*.txt (eval/bench_convolution.py). On CPU, oneDNN has fast
 # depthwise kernels up to 14 taps wide and falls 20-fold beyond; their gradients are slow from about 13. On CUDA and
 # for dense kernels the cost is smooth: one transformed point, times the logarithm of the transform, costs as much as
-# so many multiply-accumulates of the direct convolution.
+# so many multiply-accumulates of the direct convolution. Those of cuDNN's dense ones are cheap: tensor cores.
 _CPU_DEPTHWISE_TAPS = 15
 _CPU_DEPTHWISE_TAPS_TRAINING = 13
-_POINT_COST = {"cpu": 25, "cuda": 8}
+_POINT_COST_DEPTHWISE = {"cuda": 8}
+_POINT_COST_DENSE = {"cpu": 25, "cuda": 100}
 # From so many taps on `auto` stays away from the direct gradient of a dense 2-D kernel on CPU, whatever the cost: with
 # oneDNN for AVX-512 (PyTorch 2.14.1) the float32 gradient of 31 x 3 taps on a 16 x 16 map, 19 x 5 on 10 x 10, and
 # others whose height is 2 H - 1 and width much less, writes outside its memory. `_reachable_same` cuts taller kernels
@@ -176,14 +177,15 @@ def _choose(x: Tensor, weight: Tensor, backend: str, depthwise: bool) -> str:
 def _fft_pays(x: Tensor, weight: Tensor, depthwise: bool) -> bool:
     """Whether the FFT is expected to be faster than the direct convolution, whatever the batch size, or is safer."""
     device_type = x.device.type
-    if device_type not in _POINT_COST:
-        return False
     taps = weight.shape[2:]
     training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     if device_type == "cpu" and not depthwise and len(taps) == 2 and training and max(taps) >= _CPU_DENSE_TAPS_TRAINING:
         return True
     if device_type == "cpu" and depthwise:
         return max(taps) >= (_CPU_DEPTHWISE_TAPS_TRAINING if training else _CPU_DEPTHWISE_TAPS)
+    cost = (_POINT_COST_DEPTHWISE if depthwise else _POINT_COST_DENSE).get(device_type)
+    if cost is None:
+        return False
     size = x.shape[2:]
     reach = [t // 2 if len(taps) == 2 else t - 1 for t in taps]
     points = math.prod([good_fft_size(s + r) for s, r in zip(size, reach, strict=True)])
@@ -193,7 +195,7 @@ def _fft_pays(x: Tensor, weight: Tensor, depthwise: bool) -> bool:
         out_channels, in_channels = weight.shape[:2]
         transformed = points * (math.log2(points) * (in_channels + out_channels) + in_channels * out_channels)
         direct = in_channels * out_channels * math.prod(size) * math.prod(taps)
-    return transformed * _POINT_COST[device_type] < direct
+    return transformed * cost < direct
 
 
 def _check_conv2d(x: Tensor, weight: Tensor) -> None:

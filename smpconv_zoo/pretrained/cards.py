@@ -9,14 +9,37 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
+import re
 import types
 import typing
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CardError", "CheckpointCard", "checkpoint_card", "list_checkpoints", "load_card", "weights_dir"]
+__all__ = [
+    "CardError",
+    "CheckpointCard",
+    "card_bytes",
+    "checkpoint_card",
+    "list_checkpoints",
+    "load_card",
+    "weights_dir",
+]
 
 STATUSES = ("embedded", "published", "imported", "importable")
+
+# Ids and file names become paths on the reader's disk.
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}")
+
+# What `timm.create_model` takes for itself. A card says how a network is built, not what else is loaded into it.
+NOT_OF_THE_NETWORK = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "device",
+}
 
 
 class CardError(ValueError):
@@ -83,6 +106,24 @@ class Hub:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+    """The file of other authors that the weights were converted from, as it was when it was imported.
+
+    ``name`` is its plain name, without folders; ``url`` is None where the file was handed over. ``date`` is the day of
+    the import, UTC. ``entry`` is the key of the file that the state dict was under, ``averaged`` whether that is the
+    running average of the weights.
+    """
+
+    name: str
+    sha256: str
+    bytes: int
+    url: str | None
+    date: str
+    entry: str | None
+    averaged: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Golden:
     """Logits that the weights give, float32 on a CPU, for an input that anyone can draw again.
 
@@ -102,7 +143,8 @@ class CheckpointCard:
     ``"published"`` (on the Hub, see ``hub``), ``"imported"`` (in the local store of one machine), or ``"importable"``
     (published by others, see ``origin``). ``tensors`` counts the entries of the state dict, ``macs`` the
     multiply-accumulates of one input. ``paper`` is what the authors publish for this task, ``measured`` what we
-    measured with these very weights; either may be None.
+    measured with these very weights; either may be None. ``source`` is the file that imported weights were converted
+    from.
     """
 
     id: str
@@ -119,6 +161,7 @@ class CheckpointCard:
     training: Training | None
     golden: Golden | None
     hub: Hub | None
+    source: Source | None
     license: str
     origin: str
 
@@ -164,10 +207,27 @@ def load_card(path: Path) -> CheckpointCard:
         CardError: Not JSON, a field that is unknown, missing or of the wrong type, or an id that does not fit.
     """
     try:
-        card = _parse(CheckpointCard, json.loads(path.read_text(encoding="utf-8")), path.name)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=without_duplicates,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+        card = _parse(CheckpointCard, content, path.name)
+        # Half a surrogate pair, or nesting deeper than Python recurses, would fail where the card is written again.
+        json.dumps(dataclasses.asdict(card), ensure_ascii=False).encode()
+    except CardError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise CardError(f"{path.name} is not a JSON card: {error}") from error
     assert isinstance(card, CheckpointCard)
+    for name in (card.id, *(file.name for file in card.files)):
+        if not PLAIN_NAME.fullmatch(name):
+            raise CardError(f"{path.name}: {name[:200]!r} is not a plain name of letters, digits and any of _.+-")
+    if taken := sorted(card.arguments.keys() & NOT_OF_THE_NETWORK):
+        raise CardError(f"{path.name}: {', '.join(taken)} are no arguments of a network")
+    if min(card.tensors, card.parameters, card.macs, *(file.bytes for file in card.files)) < 0:
+        raise CardError(f"{path.name}: tensors, parameters, macs and bytes are counts, none is negative")
     if path.name not in (f"{card.id}.json", "card.json") or card.id != f"{card.network}.{card.tag}" or not card.tag:
         raise CardError(f"{path.name} declares id {card.id!r} and network {card.network!r}, which do not fit its name")
     if card.status not in STATUSES:
@@ -178,12 +238,35 @@ def load_card(path: Path) -> CheckpointCard:
         raise CardError(f"{path.name}: a published checkpoint names its hub repository and revision")
     if card.hub is not None and (len(card.hub.revision) != 40 or set(card.hub.revision) - set("0123456789abcdef")):
         raise CardError(f"{path.name}: the hub revision must be a full commit hash, got {card.hub.revision!r}")
-    for file in card.files:
-        if Path(file.name).name != file.name:
-            raise CardError(f"{path.name}: {file.name!r} is not a plain file name")
+    named: list[WeightFile | Source] = [*card.files]
+    if card.source is not None:
+        if Path(card.source.name).name != card.source.name:
+            raise CardError(f"{path.name}: {card.source.name!r} is not a plain file name")
+        named.append(card.source)
+    for file in named:
         if len(file.sha256) != 64 or set(file.sha256) - set("0123456789abcdef"):
             raise CardError(f"{path.name}: {file.name} needs a full sha256, got {file.sha256!r}")
     return card
+
+
+def card_bytes(card: CheckpointCard) -> bytes:
+    """The card as the file that :func:`load_card` reads."""
+    return (json.dumps(dataclasses.asdict(card), indent=1) + "\n").encode()
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are unique: of repeated ones, two readers may not take the same."""
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
+        raise ValueError("a field is given twice")
+    return entries
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:20]} is not a finite number")
+    return number
 
 
 def _parse(kind: Any, value: Any, where: str) -> Any:
@@ -213,6 +296,8 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= 1 << 1000:
+            raise CardError(f"{where} is too long a number")
         return float(value)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise CardError(f"{where} must be {kind.__name__}, got {type(value).__name__}")

@@ -9,16 +9,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import secrets
 from pathlib import Path
 
 from smpconv_zoo.files import write_whole
-from smpconv_zoo.pretrained.cards import CheckpointCard, load_card
+from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, card_bytes, checkpoint_card, load_card
 
-__all__ = ["add_to_store", "imported_card", "imported_file", "list_imported", "quarantine", "store_home"]
+__all__ = [
+    "add_to_store",
+    "card_in_use",
+    "imported_card",
+    "imported_file",
+    "list_imported",
+    "quarantine",
+    "store_home",
+]
 
 
 def store_home() -> Path:
@@ -44,7 +50,29 @@ def imported_card(checkpoint_id: str) -> CheckpointCard | None:
     current = store_home() / "checkpoints" / checkpoint_id / "current"
     if not current.is_file():
         return None
-    return load_card(current.with_name(current.read_text(encoding="ascii").strip()) / "card.json")
+    path = current.with_name(current.read_text(encoding="ascii").strip()) / "card.json"
+    try:
+        return load_card(path)
+    except CardError as error:
+        raise CardError(
+            f"the stored card {path} cannot be used ({error}); "
+            f"`smpconv-zoo import {checkpoint_id} --accept-new` replaces it"
+        ) from error
+
+
+def card_in_use(checkpoint_id: str) -> CheckpointCard:
+    """The card of a checkpoint: the imported one where the package itself only says where the weights may be had.
+
+    Args:
+        checkpoint_id: ``network.tag``, one of :func:`smpconv_zoo.list_checkpoints`.
+
+    Raises:
+        CardError: No such checkpoint (near names are listed), or a malformed card.
+    """
+    card = checkpoint_card(checkpoint_id)
+    if card.status != "importable":
+        return card
+    return imported_card(checkpoint_id) or card
 
 
 def imported_file(card: CheckpointCard) -> Path:
@@ -68,16 +96,26 @@ def add_to_store(card: CheckpointCard, weights: bytes) -> Path:
     path = imported_file(card)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, weights)
-    write_whole(path.with_name("card.json"), (json.dumps(dataclasses.asdict(card), indent=1) + "\n").encode())
+    write_whole(path.with_name("card.json"), card_bytes(card))
     write_whole(path.parent.with_name("current"), card.files[0].sha256.encode("ascii"))
     return path
 
 
 def quarantine(path: Path) -> Path | None:
-    """Move a file whose bytes are not trusted out of use; where to, or None if it could not be moved."""
-    target = store_home() / "quarantine" / f"{path.name}.{secrets.token_hex(4)}"
+    """Move a file whose bytes are not trusted out of use; where to, or None if it could not be moved.
+
+    It goes to the store's quarantine, or to another name beside where it was if that is out of reach (another file
+    system, a store that cannot be written).
+    """
+    suffix = secrets.token_hex(4)
+    target = store_home() / "quarantine" / f"{path.name}.{suffix}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, target)
+        return target
+    except OSError:
+        target = path.with_name(f"{path.name}.{suffix}.quarantined")
+    try:
         os.replace(path, target)
     except OSError:
         return None

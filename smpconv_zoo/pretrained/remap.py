@@ -12,8 +12,12 @@ import re
 from torch import Tensor
 
 from smpconv_zoo.points import tap_grid
+from smpconv_zoo.pretrained.errors import CheckpointError
 
 __all__ = ["remap_reference_state_dict"]
+
+# Taps of the longest kernel that a checkpoint may ask for; the authors' longest has 16,000.
+MOST_TAPS = 1 << 22
 
 # Leaf names of an SMPConv layer: the reference's, ours.
 _POINTS = {"weight_coord": "coords", "radius": "radius", "weights": "weight", "kernel_coord": "grid"}
@@ -27,20 +31,38 @@ def remap_reference_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tenso
 
     Returns:
         The same tensors under our names. A name of neither kind is kept, for the check against the network to refuse.
+
+    Raises:
+        CheckpointError: A tensor that has not the axes that its name promises, or two names that become one.
     """
     if any(name.endswith(".coords") for name in state_dict):
         return state_dict
-    if any(name.endswith(".kernel_coord") for name in state_dict):
-        return {_image_name(name): _image_tensor(name, tensor) for name, tensor in state_dict.items()}
-    out = {}
+    image = any(name.endswith(".kernel_coord") for name in state_dict)
+    out: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
-        if name.endswith(".train_length"):
-            out[_sequence_name(name.removesuffix("train_length") + "Kernel.kernel_coord")] = _sequence_grid(
-                int(tensor.reshape(-1)[0]), state_dict[name.removesuffix("train_length") + "Kernel.weight_coord"]
-            )
-        else:
-            out[_sequence_name(name)] = _sequence_tensor(name, tensor)
+        try:
+            ours, converted = _image_entry(name, tensor) if image else _sequence_entry(name, state_dict)
+        except (ValueError, LookupError, RuntimeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{name} of shape {tuple(tensor.shape)} is not what its name says: {error}"
+            ) from error
+        if ours in out:
+            raise CheckpointError(f"{name} and another tensor would both become {ours}")
+        out[ours] = converted
     return out
+
+
+def _image_entry(name: str, tensor: Tensor) -> tuple[str, Tensor]:
+    return _image_name(name), _image_tensor(name, tensor)
+
+
+def _sequence_entry(name: str, state_dict: dict[str, Tensor]) -> tuple[str, Tensor]:
+    tensor = state_dict[name]
+    if not name.endswith(".train_length"):
+        return _sequence_name(name), _sequence_tensor(name, tensor)
+    kernel = name.removesuffix("train_length") + "Kernel."
+    length = int(tensor.reshape(-1)[0])
+    return _sequence_name(kernel + "kernel_coord"), _sequence_grid(length, state_dict[kernel + "weight_coord"])
 
 
 def _image_name(name: str) -> str:
@@ -103,4 +125,6 @@ def _sequence_grid(length: int, coords: Tensor) -> Tensor:
     if length < 2:
         # The reference stores 0 until its first forward. No network has such a grid: the check of shapes refuses it.
         return coords.new_zeros((coords.size(-1),) + (max(length, 0),) * coords.size(-1))
+    if length ** coords.size(-1) > MOST_TAPS:
+        raise ValueError(f"a grid of {length} taps in each of {coords.size(-1)} directions")
     return tap_grid((length,) * coords.size(-1), dtype=coords.dtype)

@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import pickle
 import re
 import warnings
 from pathlib import Path
@@ -18,13 +17,16 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from smpconv_zoo.pretrained.cards import CheckpointCard, weights_dir
+from smpconv_zoo.pretrained.cards import CheckpointCard, weights_dir, without_duplicates
+from smpconv_zoo.pretrained.errors import CheckpointError, WrongBytesError
+from smpconv_zoo.pretrained.signing import check_signature_if_required
 
 __all__ = [
     "CheckpointError",
     "StoredWeights",
+    "WrongBytesError",
     "embedded_file",
-    "load_embedded",
+    "how_to_get",
     "read_checkpoint",
     "read_safetensors",
     "read_weights",
@@ -33,10 +35,6 @@ __all__ = [
 
 
 AVERAGED = "state_dict_ema"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message says which file and why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,21 +71,11 @@ def embedded_file(card: CheckpointCard) -> Path:
     return weights_dir() / card.files[0].name
 
 
-def load_embedded(card: CheckpointCard) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of an embedded checkpoint, verified against its card.
-
-    Raises:
-        CheckpointError: The file is absent, its sha256 is not the card's, or its weights are not finite.
-    """
-    return read_safetensors(embedded_file(card), card.files[0].sha256)
-
-
 def how_to_get(card: CheckpointCard) -> str:
-    """One sentence that says how to get weights that do not ship with the package."""
+    """One sentence that says how to get weights that are not at hand."""
     return (
-        f"{card.id} does not ship with this package: download it from {card.origin}, run `smpconv-zoo convert FILE "
-        f"--model {card.network} --out {card.id}.safetensors`, and pass pretrained_cfg_overlay=dict(file="
-        f"'{card.id}.safetensors')"
+        f"{card.id} does not ship with this package: run `smpconv-zoo import {card.id}`, or download it from "
+        f"{card.origin} and run `smpconv-zoo import {card.id} --file FILE`"
     )
 
 
@@ -101,18 +89,30 @@ def read_safetensors(path: Path, sha256: str | None = None) -> tuple[dict[str, T
         sha256: Expected hex digest of the whole file, or None if there is nothing to check against.
 
     Raises:
-        CheckpointError: Absent or unreadable, another sha256, not a safetensors file, or NaN or Inf among the weights.
+        WrongBytesError: Another sha256.
+        CheckpointError: Absent or unreadable, not a safetensors file, NaN or Inf among the weights, or no valid
+            signature where one is required.
     """
     data = _read_bytes(path)
     if sha256 is not None and sha256_of(data) != sha256:
-        raise CheckpointError(
+        raise WrongBytesError(
             f"{path} is not the file its card declares: "
             f"sha256 is {sha256_of(data)}, expected {sha256}; it was not loaded"
         )
+    if sha256 is not None:
+        # Whoever reads weights for a card passes its sha256; only what has a card can be signed.
+        check_signature_if_required(path, data)
+    return _parse_safetensors(data, path)
+
+
+def _parse_safetensors(data: bytes, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError) as error:
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length], object_pairs_hook=without_duplicates)
+    except KeyError as error:
+        raise CheckpointError(f"{path} holds tensors of type {error}, which PyTorch cannot load") from error
+    except (SafetensorError, ValueError, LookupError, AttributeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from error
     _refuse_non_finite(tensors, path)
     return tensors, header.get("__metadata__", {})
@@ -142,7 +142,8 @@ def read_weights(path: str | Path) -> StoredWeights:
             # torch warns of pickles that it did not write; whether this one can be read is the answer.
             warnings.simplefilter("ignore", UserWarning)
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:
+        # Whatever a damaged pickle makes torch raise, IndexError and AssertionError included, it could not be read.
         raise CheckpointError(f"{path} is not a checkpoint that can be read safely: {_refusal(error)}") from error
     entry, state_dict = _find_state_dict(content, path)
     _refuse_non_finite(state_dict, path)
@@ -182,12 +183,26 @@ def _find_state_dict(content: Any, path: Path) -> tuple[str | None, dict[str, Te
         raise CheckpointError(
             f"{path} holds no state dict: expected 'state_dict_ema', 'state_dict' or 'model', got {found}"
         )
-    return entry, {str(name): tensor for name, tensor in content.items()}
+    for name, tensor in content.items():
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} holds a tensor under {type(name).__name__} instead of a name")
+        if not _plain(tensor):
+            raise CheckpointError(f"{path}: {name} is not a plain tensor with memory for each of its elements")
+    return entry, dict(content)
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, on the CPU, and no larger than its storage: a small file may declare terabytes."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
 
 
 def _refuse_non_finite(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # PyTorch cannot look for NaN in all of its 8-bit types.
+        plain = tensor.float() if tensor.itemsize == 1 else tensor
+        if not torch.isfinite(plain).all():
             raise CheckpointError(f"{path}: {name} holds NaN or Inf")
 
 

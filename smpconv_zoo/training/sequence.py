@@ -34,7 +34,7 @@ from smpconv_zoo.evaluation.golden import golden_logits
 from smpconv_zoo.files import write_whole
 from smpconv_zoo.layers import clip_radius_
 from smpconv_zoo.models.build import sample_shape
-from smpconv_zoo.pretrained.cards import CheckpointCard, Data, MeasuredResult, Training, WeightFile
+from smpconv_zoo.pretrained.cards import CheckpointCard, Data, MeasuredResult, Training, WeightFile, card_bytes
 from smpconv_zoo.training.augment import augment_digits
 from smpconv_zoo.training.groups import sequence_parameter_groups
 from smpconv_zoo.training.recipe import Recipe
@@ -260,10 +260,11 @@ def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str
         ),
         golden=golden_logits(model),
         hub=None,
+        source=None,
         license="MIT",
         origin="trained by smpconv_zoo from random initialisation",
     )
-    write_whole(folder / f"{recipe.id}.json", (json.dumps(dataclasses.asdict(card), indent=1) + "\n").encode())
+    write_whole(folder / f"{recipe.id}.json", card_bytes(card))
     return card
 
 
