@@ -39,10 +39,10 @@ ORDER = (
 ORDER_WITHIN = {
     "ops": (("reference", "fft"), ("dispatch",), ("__init__",)),
     "pretrained": (
-        ("errors",),
-        ("cards", "remap", "structure"),
-        ("home", "signing"),
+        ("cards", "errors"),
+        ("remap", "signing", "structure"),
         ("store",),
+        ("home",),
         ("hub",),
         ("locate",),
         ("__init__",),

@@ -264,8 +264,8 @@ class SMPConvNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier; the pooling stays unless ``global_pool`` names another."""
-        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-        check_head(num_classes, pool, IMAGE_POOLS)
+        # timm's contract allows a classifier on a head whose pooling was taken away before, but none asked for at once.
+        check_head(num_classes, "avg" if global_pool is None else global_pool, IMAGE_POOLS)
         self.num_classes = num_classes
         # The head itself may have no parameter left to take the device from.
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))

@@ -484,8 +484,8 @@ class SMPConvResNet(_BlockNet):
         self.head_hidden_size = self.head.num_features
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        pool = self.head.global_pool.pool_type if global_pool is None else global_pool
-        check_head(num_classes, pool, IMAGE_POOLS)
+        # timm's contract allows a classifier on a head whose pooling was taken away before, but none asked for at once.
+        check_head(num_classes, "avg" if global_pool is None else global_pool, IMAGE_POOLS)
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
         self.head_hidden_size = self.head.num_features
