@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from smpconv_zoo.checkpoints import check_network_name
 from smpconv_zoo.evaluation.golden import golden_error
 from smpconv_zoo.models.build import create_on_meta, sample_shape
+from smpconv_zoo.pretrained import hub
 from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, checkpoint_card, list_checkpoints
 from smpconv_zoo.pretrained.errors import CheckpointError
 from smpconv_zoo.pretrained.home import imported_card, imported_file, list_imported
@@ -200,6 +201,11 @@ def find(id_or_path: str | Path) -> tuple[Path, CheckpointCard | None]:
         assert card is not None
         return imported_file(card), card
     card = checkpoint_card(name)
+    if card.status == "published" and card.hub is not None:
+        cached = hub.cached(card.hub.repo, card.hub.revision, hub.WEIGHTS_NAME)
+        if cached is None:
+            raise CheckpointError(f"{card.id} is on the Hub and was not downloaded yet: load it once, then verify it")
+        return cached, card
     return embedded_file(card), card
 
 

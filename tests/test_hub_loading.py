@@ -170,7 +170,7 @@ answer(first=first, again=again, listed=listed, differ=differ, taps=taps, classe
     assert answer["first"] == answer["again"] == right
     assert answer["listed"] == [ID] and answer["cfg"].startswith(f"{REPO}@")
     assert answer["differ"] == ["head.fc.weight", "head.fc.bias"] and answer["classes"] == [7, 30]
-    assert answer["features"] == answer["n"] > 100 and len(answer["taps"]) == 4
+    assert answer["features"] == answer["n"] > 100 and len(answer["taps"]) == 6
     counts = place.hub.counts()
     # Our look-up, the client's, the question whether the host of the bytes is there, and the bytes: once.
     assert (counts["resolve"], counts["blob"]) == (2, 2)
@@ -474,7 +474,7 @@ REPEATED = (
         (file_of({"a": {**F32, "dtype": "F4", "shape": [8]}}, bytes(4)), "type 'F4'"),
         (file_of({"a": {**F32, "shape": [2**40, 2**40]}}, bytes(4)), "overflow"),
         (file_of({"a": {**F32, "shape": [-1]}}, bytes(4)), "not a valid safetensors file"),
-        (file_of(REPEATED, bytes(4)), "repeated"),
+        (file_of(REPEATED, bytes(4)), "given twice"),
         (file_of(b'{"a":' + b"[" * 10**5), "recursion limit"),
         (file_of(b"[]"), "not a valid safetensors file"),
         (b"", "header too small"),

@@ -23,6 +23,9 @@ from torch import Tensor, nn
 
 import smpconv_zoo
 from smpconv_zoo.checkpoints import convert_checkpoint, write_safetensors
+from smpconv_zoo.evaluation.complexity import count_macs
+from smpconv_zoo.evaluation.golden import golden_error
+from smpconv_zoo.models.build import create_on_meta, sample_shape
 from smpconv_zoo.pretrained.cards import CardError, checkpoint_card, list_checkpoints, load_card, weights_dir
 from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint, read_safetensors, sha256_of
@@ -444,3 +447,16 @@ def test_a_changed_card_is_refused_or_read_as_it_stands(data: st.DataObject, tmp
         path.write_text(json.dumps(card), encoding="utf-8")
         with pytest.raises(CardError, match="missing fields"):
             load_card(path)
+
+
+@pytest.mark.parametrize("name", list_checkpoints())
+def test_what_is_cheap_on_a_card_is_computed_again(name: str) -> None:
+    """Parameters, tensors and multiply-accumulates, from a network without memory; golden logits where there are any."""
+    card = checkpoint_card(name)
+    model = create_on_meta(card.network, **card.arguments)
+    assert sum(p.numel() for p in model.parameters()) == card.parameters
+    assert len(model.state_dict()) == card.tensors
+    assert count_macs(model, (1, *sample_shape(model)))["total"] == card.macs
+    if card.golden is not None:
+        # Logits in float32 on a CPU, of another processor or PyTorch than the card's.
+        assert golden_error(timm.create_model(name, pretrained=True), card.golden) < 1e-4

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import constants
 
 import smpconv_zoo
-from smpconv_zoo import cli
+from smpconv_zoo import cli, verifying
 from smpconv_zoo.evaluation.golden import golden_logits
-from smpconv_zoo.pretrained.cards import CardError, checkpoint_card, list_checkpoints, load_card, weights_dir
+from smpconv_zoo.pretrained.cards import CardError, Hub, checkpoint_card, list_checkpoints, load_card, weights_dir
 from smpconv_zoo.pretrained.home import add_to_store
 from smpconv_zoo.pretrained.store import CheckpointError, sha256_of
 from smpconv_zoo.pretrained.structure import check_structure
@@ -343,3 +344,22 @@ def test_the_command_refuses_in_one_sentence(call: Any, folder: Folder) -> None:
 def test_help_shows_an_example(call: Any, command: str) -> None:
     code, out, _ = call(command, "--help")
     assert code == 0 and f"Example: smpconv-zoo {command}" in out
+
+
+def test_a_published_checkpoint_is_verified_where_the_hub_client_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Offline: the cache has the layout of the client, and holds the bytes of an embedded checkpoint."""
+    embedded = checkpoint_card("smpconv_tcn_mnist.smnist5k")
+    place = Hub("org/net", "0123456789abcdef0123456789abcdef01234567")
+    card = dataclasses.replace(embedded, status="published", hub=place)
+    monkeypatch.setattr(verifying, "checkpoint_card", lambda name: card)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="was not downloaded yet"):
+        verify(card.id)
+    snapshot = tmp_path / "models--org--net" / "snapshots" / place.revision
+    snapshot.mkdir(parents=True)
+    shutil.copy(weights_dir() / embedded.files[0].name, snapshot / "model.safetensors")
+    steps = verify(card.id)
+    assert not failed(steps), steps
+    assert [step.name for step in steps if step.ok] == ["hash", "structure", "load", "golden"]
