@@ -451,7 +451,7 @@ def test_a_changed_card_is_refused_or_read_as_it_stands(data: st.DataObject, tmp
 
 @pytest.mark.parametrize("name", list_checkpoints())
 def test_what_is_cheap_on_a_card_is_computed_again(name: str) -> None:
-    """Parameters, tensors and multiply-accumulates, from a network without memory; golden logits where there are any."""
+    """Parameters, tensors and multiply-accumulates, from a network without memory; golden logits where there are."""
     card = checkpoint_card(name)
     model = create_on_meta(card.network, **card.arguments)
     assert sum(p.numel() for p in model.parameters()) == card.parameters
