@@ -1,4 +1,4 @@
-"""What computed a number: versions and hardware, kept with every measurement."""
+"""What computes: a device that is there, and the versions and hardware kept with every measurement."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from smpconv_zoo._version import __version__
 
-__all__ = ["hardware", "versions"]
+__all__ = ["hardware", "usable_device", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -23,6 +23,21 @@ def versions() -> dict[str, str]:
         "safetensors": safetensors.__version__,
         "python": platform.python_version(),
     }
+
+
+def usable_device(name: str | torch.device) -> torch.device:
+    """The device of this name, tried out.
+
+    Raises:
+        ValueError: There is no such device here; the message says why.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
+        raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
+    return device
 
 
 def hardware(device: str | torch.device) -> str:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 from pathlib import Path
 
-__all__ = ["write_new", "write_whole"]
+__all__ = ["sha256_of_file", "write_new", "write_whole"]
+
+
+def sha256_of_file(path: Path) -> str:
+    """Hex sha256 of a file, read a block at a time.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, data: bytes) -> None:

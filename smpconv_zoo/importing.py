@@ -7,7 +7,6 @@ one is held against that. Nothing in a file is ever executed.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
 import re
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from smpconv_zoo.checkpoints import Conversion, convert_file
+from smpconv_zoo.files import sha256_of_file
 from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, Source, WeightFile, checkpoint_card
 from smpconv_zoo.pretrained.home import add_to_store, imported_card, imported_file
 from smpconv_zoo.pretrained.store import CheckpointError, sha256_of
@@ -29,7 +29,6 @@ DRIVE_FILE = re.compile(r"https://drive\.google\.com/file/d/([\w-]+)/")
 # the optimizer); half precision and twice as many copies are still taken.
 BYTES_PER_PARAMETER = (2, 32)
 OVERHEAD_BYTES = 64 * 2**20
-BLOCK_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ def import_checkpoint(
         CheckpointError: A checkpoint that is not to be imported, a file that is no checkpoint of this network, one that
             cannot be downloaded, or another one than was imported before.
         ImportError: A download is needed and gdown is not installed.
-        OSError: The store cannot be written.
+        OSError: The file cannot be read, or the store cannot be written.
     """
     card = checkpoint_card(checkpoint_id)
     if card.status != "importable":
@@ -95,13 +94,13 @@ def import_checkpoint(
 
 def _import_file(card: CheckpointCard, file: Path, url: str | None, scratch: Path, accept_new: bool) -> Imported:
     size = _check_kind(card, file)
-    sha256 = _sha256_of_file(file)
+    sha256 = sha256_of_file(file)
     recorded = _recorded(card, accept_new)
     trusted = "first use"
     if recorded is not None and recorded.source is not None:
         if recorded.source.sha256 == sha256:
             stored = imported_file(recorded)
-            if stored.is_file() and _sha256_of_file(stored) == recorded.files[0].sha256:
+            if stored.is_file() and sha256_of_file(stored) == recorded.files[0].sha256:
                 return _imported(recorded, recorded.source, "known", changed=False)
             trusted = "known"
         elif not accept_new:
@@ -114,7 +113,7 @@ def _import_file(card: CheckpointCard, file: Path, url: str | None, scratch: Pat
     out = scratch / f"{card.id}.safetensors"
     done = convert_file(file, card.network, out, card.arguments)
     _check_counts(card, file, done)
-    if _sha256_of_file(file) != sha256:
+    if sha256_of_file(file) != sha256:
         raise CheckpointError(f"{file} changed while it was read; nothing was imported")
     weights = out.read_bytes()
     if sha256_of(weights) != done.sha256:
@@ -148,7 +147,7 @@ def _import_declared(card: CheckpointCard, file: Path) -> Imported:
     stored_file = WeightFile(f"{card.id}.safetensors", sha256, len(weights))
     card = dataclasses.replace(card, status="imported", files=(stored_file,))
     stored = imported_file(card)
-    changed = not (stored.is_file() and _sha256_of_file(stored) == sha256 and _recorded(card, True) == card)
+    changed = not (stored.is_file() and sha256_of_file(stored) == sha256 and _recorded(card, True) == card)
     if changed:
         add_to_store(card, weights)
     return _imported(card, source, "declared", changed)
@@ -200,17 +199,6 @@ def _check_counts(card: CheckpointCard, file: Path, done: Conversion) -> None:
             f"{file.name} holds {done.tensors} tensors and {done.parameters:,} parameters, the card of {card.id} says "
             f"{card.tensors} and {card.parameters:,}"
         )
-
-
-def _sha256_of_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(BLOCK_BYTES):
-                digest.update(block)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _download(origin: str, folder: Path) -> Path:

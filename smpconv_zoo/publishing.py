@@ -30,15 +30,16 @@ from smpconv_zoo.models.build import create_on_meta, match_state_dict
 from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, Hub, card_bytes, weights_dir
 from smpconv_zoo.pretrained.errors import SignatureError
 from smpconv_zoo.pretrained.home import card_in_use, imported_file
-from smpconv_zoo.pretrained.signing import public_key_of, sign_files, signed_files, verify_signature
+from smpconv_zoo.pretrained.hub import CARD_NAME, WEIGHTS_NAME
+from smpconv_zoo.pretrained.signing import public_key_of, sign_files, signature_beside, signed_files, verify_signature
 from smpconv_zoo.pretrained.store import CheckpointError, read_safetensors, sha256_of
 
 __all__ = ["ORGANISATION", "PublishError", "Published", "PublishedFile", "publish_checkpoint"]
 
 ORGANISATION = "smpconv"
 
-WEIGHTS, CONFIG, CARD, README = "model.safetensors", "config.json", "card.json", "README.md"
-SIGNATURE = f"{WEIGHTS}.sig"
+WEIGHTS, CARD, CONFIG, README = WEIGHTS_NAME, CARD_NAME, "config.json", "README.md"
+SIGNATURE = signature_beside(Path(WEIGHTS)).name
 # The Hub itself puts this into every new repository.
 ATTRIBUTES = ".gitattributes"
 ATTEMPTS = 3

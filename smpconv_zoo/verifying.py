@@ -210,7 +210,7 @@ def find(id_or_path: str | Path) -> tuple[Path, CheckpointCard | None]:
 
 
 def _find_file(path: Path) -> tuple[Path, CheckpointCard | None]:
-    weights = path / "model.safetensors" if path.is_dir() else path
+    weights = path / hub.WEIGHTS_NAME if path.is_dir() else path
     if not weights.is_file():
         raise CheckpointError(f"{weights} does not exist")
     if weights.suffix != ".safetensors":

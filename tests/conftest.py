@@ -1,7 +1,9 @@
-"""Settings shared by all test modules; the reference files are found by `golden_files.golden`."""
+"""Settings and fixtures shared by all test modules; the reference files are found by `golden_files.golden`."""
 
 import os
+import sys
 import tempfile
+from collections.abc import Callable
 
 import pytest
 from hypothesis import settings
@@ -18,3 +20,17 @@ os.environ["SMPCONV_HOME"] = _HOME.name
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     _HOME.cleanup()
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `smpconv-zoo` with the given arguments, in this process: exit status, stdout, stderr."""
+    from smpconv_zoo import cli
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["smpconv-zoo", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from smpconv_zoo import cli
 from smpconv_zoo.pretrained import signing
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, load_card, weights_dir
 from smpconv_zoo.pretrained.errors import CheckpointError, SignatureError
@@ -90,17 +89,6 @@ class Signed:
 @pytest.fixture
 def signed(tmp_path: Path, keys: tuple[Path, Path]) -> Signed:
     return Signed(tmp_path, keys)
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["smpconv-zoo", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def test_what_was_signed_is_accepted_without_a_network(signed: Signed) -> None:

@@ -158,6 +158,12 @@ def test_a_checkpoint_is_made_from_its_own_network(tmp_path):
         sequence.run_recipe(load_recipe("smpconv_tcn_mnist.smnist5k", **TINY), tmp_path, "cpu", final=False)
 
 
+def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match="device 'cuda:99' cannot be used"):
+        sequence.run_recipe(_tiny_recipe(), tmp_path / "run", "cuda:99", final=False)
+    assert list(tmp_path.iterdir()) == []
+
+
 def _tiny_recipe(**changes: Any) -> Recipe:
     recipe = load_recipe("smpconv_tcn_mnist.smnist5k", **TINY)
     return dataclasses.replace(recipe, id="test_smpconv_tcn.tiny", **changes)

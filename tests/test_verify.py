@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from huggingface_hub import constants
 
 import smpconv_zoo
-from smpconv_zoo import cli, verifying
+from smpconv_zoo import verifying
 from smpconv_zoo.evaluation.golden import golden_logits
 from smpconv_zoo.pretrained.cards import CardError, Hub, checkpoint_card, list_checkpoints, load_card, weights_dir
 from smpconv_zoo.pretrained.home import add_to_store
@@ -72,17 +71,6 @@ class Folder:
 @pytest.fixture
 def folder(tmp_path: Path, made: tuple[dict[str, torch.Tensor], dict[str, Any]]) -> Folder:
     return Folder(tmp_path, *made)
-
-
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["smpconv-zoo", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code or 0, *capsys.readouterr()
-
-    return run
 
 
 def verdicts(path: Path | str, **options: Any) -> list[bool | None]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from smpconv_zoo.checkpoints import create_model
 from smpconv_zoo.data.mnist5k import mnist5k_sequences
-from smpconv_zoo.environment import versions
+from smpconv_zoo.environment import usable_device, versions
 from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult
 from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.locate import load_weights
@@ -70,7 +70,7 @@ def evaluate_checkpoint(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    target = _usable_device(device)
+    target = usable_device(device)
     card = card_in_use(checkpoint_id)
     model = load_pretrained(card).to(target)
     x, y = _test_set(card)
@@ -171,13 +171,3 @@ def _confusion(y: Tensor, predicted: Tensor) -> tuple[tuple[int, ...], ...]:
     classes = int(torch.cat([y, predicted]).max()) + 1
     counts = torch.bincount(y * classes + predicted, minlength=classes**2).view(classes, classes)
     return tuple(tuple(row) for row in counts.tolist())
-
-
-def _usable_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
-        raise ValueError(f"device {name!r} cannot be used: {reason}") from error
-    return device

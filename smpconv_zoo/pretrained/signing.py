@@ -24,7 +24,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from smpconv_zoo.files import write_new, write_whole
+from smpconv_zoo.files import sha256_of_file, write_new, write_whole
 from smpconv_zoo.pretrained.cards import CheckpointCard, load_card
 from smpconv_zoo.pretrained.errors import SignatureError
 
@@ -117,7 +117,7 @@ def sign_checkpoint(
         OSError: A file cannot be read or written.
         ImportError: The packages that sign are not installed.
     """
-    if not card.files or _sha256(weights) != card.files[0].sha256:
+    if not card.files or sha256_of_file(weights) != card.files[0].sha256:
         raise SignatureError(f"{weights} is not the file that the card of {card.id} declares; it was not signed")
     bundle = signature_beside(weights) if bundle is None else bundle
     sign_files(signed_files(weights, card), private_key, bundle, password, overwrite=overwrite)
@@ -139,7 +139,7 @@ def verify_signature(files: Files, bundle: Path, public_key: Path) -> None:
     if hint != key_digest:
         raise SignatureError(f"{bundle} was not made with the key {public_key}, but with one of sha256 {hint[:16]}...")
     with _staged(files) as folder:
-        digests = {path.name: _sha256(path) for path in folder.iterdir()}
+        digests = {path.name: sha256_of_file(path) for path in folder.iterdir()}
         try:
             verifying.Config().use_elliptic_key_verifier(public_key=public_key).verify(folder, bundle)
         except Exception as error:
@@ -368,11 +368,3 @@ def _difference(signed: Mapping[str, str], there: Mapping[str, str]) -> str:
         if signed[name] != there[name]:
             return f"{name} is not the one that was signed"
     return ""
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

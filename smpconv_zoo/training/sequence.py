@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from smpconv_zoo.checkpoints import write_safetensors
 from smpconv_zoo.data.mnist5k import mnist5k_images
 from smpconv_zoo.data.protocol import pixel_permutation
-from smpconv_zoo.environment import hardware, versions
+from smpconv_zoo.environment import hardware, usable_device, versions
 from smpconv_zoo.evaluation.classification import top1
 from smpconv_zoo.evaluation.complexity import count_macs
 from smpconv_zoo.evaluation.golden import golden_logits
@@ -150,7 +150,7 @@ def train_sequences(
     """
     if "test" in train_split or "test" in (validation_split or ""):
         raise ValueError("the test part is neither for training nor for choosing")
-    device = torch.device(device)
+    device = usable_device(device)
     permutation = None if recipe.permutation_seed is None else pixel_permutation(recipe.permutation_seed)
     order_of_pixels = None if permutation is None else torch.from_numpy(permutation).to(device)
     images, labels = (tensor.to(device) for tensor in mnist5k_images(train_split))
@@ -285,11 +285,13 @@ def run_recipe(
 
     Raises:
         FileExistsError: The folder holds a run of this checkpoint already; nothing was touched.
-        ValueError: The id names another network than the recipe; or see :func:`train_sequences`.
+        ValueError: The id names another network than the recipe, or a device that is not there; or see
+            :func:`train_sequences`.
         FloatingPointError: See :func:`train_sequences`.
     """
     if recipe.id.partition(".")[0] != recipe.network:
         raise ValueError(f"{recipe.id} cannot be made from another network, {recipe.network!r}")
+    usable_device(device)
     log_path = folder / f"{recipe.id}.jsonl"
     if log_path.exists():
         raise FileExistsError(f"{log_path} is the log of another run, which was left as it was; choose another folder")
@@ -314,7 +316,9 @@ def run_recipe(
 
 def _command() -> str:
     """The command line that runs, with the program's name in place of its path."""
-    return " ".join(["smpconv-zoo", *sys.argv[1:]])
+    script = Path(sys.argv[0]).name
+    program = "smpconv-zoo" if script in ("smpconv-zoo", "__main__.py", "cli.py") else script
+    return " ".join([program, *sys.argv[1:]])
 
 
 class RunLog:
