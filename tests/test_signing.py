@@ -161,7 +161,7 @@ def test_a_bundle_whose_digests_were_edited(signed: Signed) -> None:
     payload = json.loads(base64.b64decode(bundle["dsseEnvelope"]["payload"]))
     for resource in payload["predicate"]["resources"]:
         if resource["name"] == "model.safetensors":
-            resource["digest"] = signing._sha256(signed.weights)
+            resource["digest"] = signing.sha256_of_file(signed.weights)
     bundle["dsseEnvelope"]["payload"] = base64.b64encode(json.dumps(payload).encode()).decode()
     signed.bundle.write_text(json.dumps(bundle), encoding="utf-8")
     signed.refused("changed since")
