@@ -14,7 +14,7 @@ from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel
-from smpconv_zoo.ops import causal_conv1d, conv2d, depthwise_conv2d
+from smpconv_zoo.ops import causal_conv1d, conv2d, depthwise_conv2d, norm_sum, why_not_fused
 from smpconv_zoo.points import tap_grid, tap_spacing
 
 __all__ = ["CausalConv1d", "ConvNorm", "LargeSmallConv", "SMPConv1d", "SMPConv2d", "clip_radius_", "parameter_roles"]
@@ -277,16 +277,52 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x))
 
 
+@register_notrace_module
 class LargeSmallConv(nn.Module):
-    """A continuous kernel and a small ordinary one side by side, each with its norm, summed."""
+    """A continuous kernel and a small ordinary one side by side, each with its norm, summed, and what follows the sum.
 
-    def __init__(self, large: ConvNorm, small: ConvNorm) -> None:
+    Args:
+        large: The continuous one.
+        small: The ordinary one.
+        relu: Whether the sum goes through a ReLU.
+        drop_rate: Dropout after that.
+
+    Shape: ``(N, in, *)`` -> ``(N, out, *)``. A ``residual`` of the output's shape, if given, is added at the end, and
+    the result goes through a ReLU.
+    """
+
+    def __init__(self, large: ConvNorm, small: ConvNorm, relu: bool = False, drop_rate: float = 0.0) -> None:
         super().__init__()
         self.large = large
         self.small = small
+        self.relu = relu
+        self.drop = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.large(x) + self.small(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not torch.jit.is_scripting():
+            y = self._fused(x, residual)
+            if y is not None:
+                return y
+        return self._plain(self.large(x) + self.small(x), residual)
+
+    def _plain(self, y: Tensor, residual: Tensor | None) -> Tensor:
+        if self.relu:
+            y = torch.relu(y)
+        y = self.drop(y)
+        if residual is not None:
+            y = torch.relu(y + residual)
+        return y
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The same with the tail in one operator, or None where that cannot run."""
+        if not x.is_cuda or any(m._forward_hooks or m._forward_pre_hooks for m in (self.large, self.small)):
+            return None
+        a, b = self.large.conv(x), self.small.conv(x)
+        if why_not_fused(a, b, self.large.norm, self.small.norm) is not None:
+            return self._plain(self.large.norm(a) + self.small.norm(b), residual)
+        drop_rate = self.drop.p if self.drop.training else 0.0
+        return norm_sum(a, b, self.large.norm, self.small.norm, self.relu, drop_rate, residual)
 
 
 def clip_radius_(model: nn.Module) -> None:

@@ -127,20 +127,22 @@ class TCNBlock(nn.Module):
             small = CausalConv1d(channels, dim, small_kernel_size, bias=False, **dd)
             trunc_normal_(small.weight, std=0.02)
             return LargeSmallConv(
-                ConvNorm(large, nn.BatchNorm1d(dim, **dd)), ConvNorm(small, nn.BatchNorm1d(dim, **dd))
+                ConvNorm(large, nn.BatchNorm1d(dim, **dd)),
+                ConvNorm(small, nn.BatchNorm1d(dim, **dd)),
+                relu=True,
+                drop_rate=drop_rate,
             )
 
         self.conv1 = pair(in_dim)
         self.conv2 = pair(dim)
-        self.act = nn.ReLU()
-        self.drop = nn.Dropout(drop_rate)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path: nn.Module | None = DropPath(drop_path) if drop_path > 0 else None
         self.shortcut = nn.Identity() if in_dim == dim else nn.Conv1d(in_dim, dim, 1, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.drop(self.act(self.conv1(x)))
-        y = self.drop(self.act(self.conv2(y)))
-        return self.act(self.drop_path(y) + self.shortcut(x))
+        y = self.conv1(x)
+        if self.drop_path is None:
+            return self.conv2(y, self.shortcut(x))
+        return torch.relu(self.drop_path(self.conv2(y)) + self.shortcut(x))
 
 
 class ResNetBlock(nn.Module):
@@ -158,11 +160,9 @@ class ResNetBlock(nn.Module):
         self, in_dim: int, dim: int, conv: dict[str, Any], drop_rate: float, drop_path: float, **dd: Any
     ) -> None:
         super().__init__()
-        self.conv1 = _image_pair(in_dim, dim, small_bias=False, **conv, **dd)
+        self.conv1 = _image_pair(in_dim, dim, small_bias=False, relu=True, drop_rate=drop_rate, **conv, **dd)
         self.conv2 = _image_pair(dim, dim, small_bias=False, **conv, **dd)
-        self.act = nn.ReLU()
-        self.drop = nn.Dropout(drop_rate)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path: nn.Module | None = DropPath(drop_path) if drop_path > 0 else None
         self.shortcut: nn.Module = nn.Identity()
         if in_dim != dim:
             shortcut = nn.Conv2d(in_dim, dim, 1, **dd)
@@ -172,8 +172,10 @@ class ResNetBlock(nn.Module):
             self.shortcut = shortcut
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.drop(self.act(self.conv1(x)))
-        return self.act(self.drop_path(self.conv2(y)) + self.shortcut(x))
+        y = self.conv1(x)
+        if self.drop_path is None:
+            return self.conv2(y, self.shortcut(x))
+        return torch.relu(self.drop_path(self.conv2(y)) + self.shortcut(x))
 
 
 def _image_pair(
@@ -185,6 +187,8 @@ def _image_pair(
     coord_std: float,
     small_kernel_size: int,
     small_bias: bool,
+    relu: bool = False,
+    drop_rate: float = 0.0,
     **dd: Any,
 ) -> LargeSmallConv:
     large = SMPConv2d(
@@ -203,7 +207,9 @@ def _image_pair(
     trunc_normal_(small.weight, std=0.02)
     if small.bias is not None:
         nn.init.zeros_(small.bias)
-    return LargeSmallConv(ConvNorm(large, nn.BatchNorm2d(dim, **dd)), ConvNorm(small, nn.BatchNorm2d(dim, **dd)))
+    return LargeSmallConv(
+        ConvNorm(large, nn.BatchNorm2d(dim, **dd)), ConvNorm(small, nn.BatchNorm2d(dim, **dd)), relu, drop_rate
+    )
 
 
 class _BlockNet(nn.Module):
@@ -467,7 +473,7 @@ class SMPConvResNet(_BlockNet):
             "small_kernel_size": small_kernel_size,
         }
         width = dims[0]
-        self.stem = nn.Sequential(_image_pair(in_chans, width, small_bias=True, **conv, **dd), nn.ReLU())
+        self.stem = nn.Sequential(_image_pair(in_chans, width, small_bias=True, relu=True, **conv, **dd))
         blocks = []
         self.feature_info = []
         drop_paths = torch.linspace(0, drop_path_rate, len(dims), device="cpu").tolist()

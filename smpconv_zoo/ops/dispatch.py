@@ -8,17 +8,18 @@ never a result beyond rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from smpconv_zoo.ops.fft import fft_convolve, good_fft_size
 from smpconv_zoo.ops.reference import causal_conv1d_reference, conv2d_reference, depthwise_conv2d_reference
+from smpconv_zoo.ops.short import can_run_short, short_convolve
 
 __all__ = ["BACKENDS", "can_run_fft", "causal_conv1d", "conv2d", "depthwise_conv2d", "why_not"]
 
-BACKENDS = ("fft", "reference")
+BACKENDS = ("fft", "short", "reference")
 
 # Thresholds of `auto`, read off eval/results/convolution_*.txt (eval/bench_convolution.py). On CPU, oneDNN has fast
 # depthwise kernels up to 14 taps wide and falls 20-fold beyond; their gradients are slow from about 13. On CUDA and
@@ -137,7 +138,10 @@ def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str)
     x, weight, bias = _autocast(x, weight, bias)
     if weight.size(2) > x.size(2):
         weight = weight[:, :, weight.size(2) - x.size(2) :]
-    if _choose(x, weight, backend, depthwise=False) == "fft":
+    chosen = _choose(x, weight, backend, depthwise=False)
+    if chosen == "short":
+        return _add_bias(short_convolve(x, weight), bias)
+    if chosen == "fft":
         return _add_bias(fft_convolve(x, weight, [0]), bias)
     return causal_conv1d_reference(x, weight, bias)
 
@@ -149,7 +153,11 @@ def why_not(x: Tensor, weight: Tensor) -> dict[str, str | None]:
         x: ``(N, C, H, W)`` or ``(N, I, L)``.
         weight: ``(C, 1, Kh, Kw)``, ``(O, I, Kh, Kw)`` or ``(O, I, K)``.
     """
-    return {"fft": can_run_fft(x, weight), "reference": None}
+    return {name: can_run(x, weight) for name, can_run in _can_run().items()}
+
+
+def _can_run() -> dict[str, Callable[[Tensor, Tensor], str | None]]:
+    return {"fft": can_run_fft, "short": can_run_short, "reference": lambda x, weight: None}
 
 
 def can_run_fft(x: Tensor, weight: Tensor) -> str | None:
@@ -165,12 +173,14 @@ def can_run_fft(x: Tensor, weight: Tensor) -> str | None:
 
 def _choose(x: Tensor, weight: Tensor, backend: str, depthwise: bool) -> str:
     if backend == "auto":
+        if can_run_short(x, weight) is None:
+            return "short"
         return "fft" if can_run_fft(x, weight) is None and _fft_pays(x, weight, depthwise) else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose 'auto' or one of {BACKENDS}")
-    reason = can_run_fft(x, weight) if backend == "fft" else None
+    reason = _can_run()[backend](x, weight)
     if reason is not None:
-        raise ValueError(f"backend 'fft' cannot run: {reason}")
+        raise ValueError(f"backend {backend!r} cannot run: {reason}")
     return backend
 
 

@@ -10,6 +10,9 @@ a circular convolution of size ``n >= size + max(past, future)`` gives all ``siz
 than the linear ``size + taps - 1``, since outputs off the map are not asked for. Kernels are flipped before the
 transform so that the wanted outputs are the slice ``[future, future + size)``.
 
+Dense convolutions on NVIDIA GPUs are folded along the last axis to complex transforms of half the length, and multiply
+spectra where they lie (:mod:`smpconv_zoo.gpu.fourier`).
+
 The three maps are registered as library operators whose derivatives call each other: gradients of any order, opaque to
 ``torch.compile`` and ``torch.export``, and nothing but inputs is kept for the backward pass. Half precision is computed
 in float32.
@@ -23,20 +26,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smpconv_zoo.gpu import why_no_triton
+
 __all__ = ["fft_convolve", "good_fft_size"]
 
 
-def good_fft_size(size: int) -> int:
-    """Smallest even number >= ``size`` without prime factors above 7: the sizes that FFT libraries have kernels for."""
+def good_fft_size(size: int, primes: Sequence[int] = (2, 3, 5, 7)) -> int:
+    """Smallest even number >= ``size`` made of ``primes`` alone: the sizes that FFT libraries have fast kernels for."""
     candidate = size + size % 2
     while True:
         rest = candidate
-        for prime in (2, 3, 5, 7):
+        for prime in primes:
             while rest % prime == 0:
                 rest //= prime
         if rest == 1:
             return candidate
         candidate += 2
+
+
+def _folded_sizes(size: Sequence[int], taps: Sequence[int], future: Sequence[int]) -> tuple[int, int]:
+    """Points of the transform along (outer, inner) axis of a folded convolution: the inner one holds twice as many."""
+    linear = [s + max(f, t - 1 - f) for s, t, f in zip(size, taps, future, strict=True)]
+    outer = good_fft_size(linear[0], (2, 3, 5)) if len(linear) == 2 else 1
+    return outer, good_fft_size((linear[-1] + 1) // 2, (2, 3, 5))
 
 
 def fft_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
@@ -98,9 +110,63 @@ def _by_frequency(spectrum: Tensor, transpose: bool = False) -> Tensor:
     return spectrum.resolve_conj().flatten(2).permute(order).contiguous()
 
 
+class _Folded:
+    """A dense convolution on an NVIDIA GPU by folded transforms: its spectra, and its map and both adjoints of them."""
+
+    def __init__(self, size: Sequence[int], taps: Sequence[int], future: Sequence[int]) -> None:
+        self.size = _two(size, 1)
+        self.taps = _two(taps, 1)
+        self.future = _two(future, 0)
+        self.past = (self.taps[0] - 1 - self.future[0], self.taps[1] - 1 - self.future[1])
+        self.points = _folded_sizes(size, taps, future)
+
+    @staticmethod
+    def can_run(x: Tensor, depthwise: bool) -> bool:
+        return x.is_cuda and x.dtype != torch.float64 and not depthwise and why_no_triton() is None
+
+    def spectrum(self, x: Tensor, flip: bool = False) -> Tensor:
+        from smpconv_zoo.gpu.fourier import fold
+
+        folded = fold(x.unsqueeze(2) if x.dim() == 3 else x, self.points, flip)
+        return torch.fft.fft(folded) if self.points[0] == 1 else torch.fft.fft2(folded)
+
+    def read(self, spectrum: Tensor, start: tuple[int, int], size: tuple[int, int], like: Tensor) -> Tensor:
+        from smpconv_zoo.gpu.fourier import unfold
+
+        inverse = torch.fft.ifft if self.points[0] == 1 else torch.fft.ifft2
+        y = unfold(inverse(spectrum, norm="forward"), start, size, like.dtype)
+        return y.squeeze(2) if like.dim() == 3 else y
+
+    def output(self, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        from smpconv_zoo.gpu.fourier import contract
+
+        return self.read(contract(x, weight, 1, 1), self.future, self.size, like)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        from smpconv_zoo.gpu.fourier import contract
+
+        # The adjoint of "place t + future": what comes before the first place lies at the end.
+        start = (-self.future[0], -self.future[1])
+        return self.read(contract(grad, weight, 1, 0, conjugate_b=True), start, self.size, like)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        from smpconv_zoo.gpu.fourier import contract
+
+        # Tap k meets the sample k - past places later than the output.
+        start = (-self.past[0], -self.past[1])
+        return self.read(contract(grad, x, 0, 0, conjugate_a=True), start, self.taps, like)
+
+
+def _two(values: Sequence[int], outer: int) -> tuple[int, int]:
+    return (outer, values[0]) if len(values) == 1 else (values[0], values[1])
+
+
 @torch.library.custom_op("smpconv_zoo::fft_convolve", mutates_args=())
 def _convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
     size, taps = x.shape[2:], weight.shape[2:]
+    if _Folded.can_run(x, _is_depthwise(x.shape[1], weight.shape)):
+        folded = _Folded(size, taps, future)
+        return folded.output(folded.spectrum(x), folded.spectrum(weight, flip=True), x)
     sizes = _sizes(size, taps, future)
     spectrum = _multiply(
         _forward_transform(x, sizes),
@@ -118,6 +184,9 @@ def _convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int], depthwi
     ``depthwise`` is told, not seen: a dense kernel for one input channel has the shape of a depthwise one here.
     """
     size, taps = grad.shape[2:], weight.shape[2:]
+    if _Folded.can_run(grad, depthwise):
+        folded = _Folded(size, taps, future)
+        return folded.input_gradient(folded.spectrum(grad), folded.spectrum(weight, flip=True), grad)
     past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
     sizes = _sizes(size, taps, past)
     spectrum = _multiply(
@@ -133,6 +202,9 @@ def _convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int], depthwi
 def _convolve_weight(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool) -> Tensor:
     """Adjoint of the convolution in the kernel: ``grad`` (N, O, *size), ``x`` (N, I, *size) -> (O, I or 1, *taps)."""
     size = x.shape[2:]
+    if _Folded.can_run(x, depthwise):
+        folded = _Folded(size, taps, future)
+        return folded.weight_gradient(folded.spectrum(grad), folded.spectrum(x), x)
     sizes = _sizes(size, taps, future)
     # Conjugated in memory: code compiled by AOTAutograd can call this with lazy conjugation switched off.
     conjugate = _forward_transform(grad, sizes).conj_physical_()
@@ -144,6 +216,25 @@ def _convolve_weight(grad: Tensor, x: Tensor, taps: Sequence[int], future: Seque
     for dim, length in enumerate(taps, start=2):
         lags = lags.narrow(dim, 0, length)
     return lags.to(grad.dtype).contiguous()
+
+
+@torch.library.custom_op("smpconv_zoo::fft_convolve_both", mutates_args=())
+def _convolve_both(
+    grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool
+) -> tuple[Tensor, Tensor]:
+    """Both adjoints at once: on a GPU they share the spectrum of ``grad``."""
+    taps = weight.shape[2:]
+    if not _Folded.can_run(x, depthwise):
+        return (
+            _convolve_input(grad, weight, future, depthwise),
+            _convolve_weight(grad, x, list(taps), future, depthwise),
+        )
+    folded = _Folded(x.shape[2:], taps, future)
+    spectrum = folded.spectrum(grad)
+    return (
+        folded.input_gradient(spectrum, folded.spectrum(weight, flip=True), grad),
+        folded.weight_gradient(spectrum, folded.spectrum(x), x),
+    )
 
 
 @_convolve.register_fake
@@ -161,6 +252,11 @@ def _(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depth
     return grad.new_empty([grad.shape[1], 1 if depthwise else x.shape[1], *taps])
 
 
+@_convolve_both.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
 def _save_convolve(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, ctx.future = inputs
     ctx.save_for_backward(x, weight)
@@ -169,9 +265,27 @@ def _save_convolve(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _convolve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     depthwise = _is_depthwise(x.shape[1], weight.shape)
+    if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
+        return (*_convolve_both(grad, x, weight, ctx.future, depthwise), None)
     return (
         _convolve_input(grad, weight, ctx.future, depthwise) if ctx.needs_input_grad[0] else None,
         _convolve_weight(grad, x, list(weight.shape[2:]), ctx.future, depthwise) if ctx.needs_input_grad[1] else None,
+        None,
+    )
+
+
+def _save_convolve_both(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    grad, x, weight, ctx.future, ctx.depthwise = inputs
+    ctx.save_for_backward(grad, x, weight)
+
+
+def _convolve_both_backward(ctx: Any, to_x: Tensor, to_weight: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x, weight = ctx.saved_tensors
+    return (
+        _convolve(to_x, weight, ctx.future) + _convolve(x, to_weight, ctx.future),
+        _convolve_input(grad, to_weight, ctx.future, ctx.depthwise),
+        _convolve_weight(grad, to_x, list(weight.shape[2:]), ctx.future, ctx.depthwise),
+        None,
         None,
     )
 
@@ -209,6 +323,7 @@ def _convolve_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | Non
     )
 
 
+_convolve_both.register_autograd(_convolve_both_backward, setup_context=_save_convolve_both)
 _convolve.register_autograd(_convolve_backward, setup_context=_save_convolve)
 _convolve_input.register_autograd(_convolve_input_backward, setup_context=_save_convolve_input)
 _convolve_weight.register_autograd(_convolve_weight_backward, setup_context=_save_convolve_weight)

@@ -1,8 +1,7 @@
 """Training of sequence networks on data that fits in memory.
 
 The protocol is the sound one: the validation part alone is looked at while choosing, the last epoch counts, radii are
-clipped after every step. On a GPU the whole step (forward, backward, Adam, clip) is captured in one CUDA graph, since
-launching its small kernels takes three quarters of the time otherwise.
+clipped after every step.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smpconv_zoo.checkpoints import write_safetensors
@@ -32,13 +30,13 @@ from smpconv_zoo.evaluation.classification import top1
 from smpconv_zoo.evaluation.complexity import count_macs
 from smpconv_zoo.evaluation.golden import golden_logits
 from smpconv_zoo.files import write_whole
-from smpconv_zoo.layers import clip_radius_
 from smpconv_zoo.models.build import sample_shape
 from smpconv_zoo.pretrained.cards import CheckpointCard, Data, MeasuredResult, Training, WeightFile, card_bytes
 from smpconv_zoo.training.augment import augment_digits
 from smpconv_zoo.training.groups import sequence_parameter_groups
 from smpconv_zoo.training.recipe import Recipe
 from smpconv_zoo.training.schedules import warmup_cosine
+from smpconv_zoo.training.step import TrainingStep
 
 __all__ = ["Epoch", "RunLog", "RunResult", "run_recipe", "save_checkpoint", "train_sequences"]
 
@@ -61,71 +59,6 @@ class RunResult:
     model: nn.Module
     permutation: np.ndarray | None
     last: Epoch
-
-
-class _Step:
-    """One optimizer step on a batch, captured in a CUDA graph on a GPU and called plainly elsewhere."""
-
-    def __init__(self, model: nn.Module, recipe: Recipe, length: int, device: torch.device) -> None:
-        self.model = model
-        self.drop_rate = recipe.input_drop_rate
-        self.on_gpu = device.type == "cuda"
-        groups = sequence_parameter_groups(model, recipe.lr, recipe.weight_decay)
-        if self.on_gpu:
-            # A captured step reads its rates from memory, where a schedule can change them.
-            for group in groups:
-                group["lr"] = torch.tensor(group["lr"], device=device)
-        self.optimizer = torch.optim.Adam(groups, capturable=self.on_gpu)
-        self.x = torch.zeros(recipe.batch_size, 1, length, device=device)
-        self.y = torch.zeros(recipe.batch_size, dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), device=device)
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            rate = lr * group["lr_scale"]
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take one step; returns the loss, in a tensor that the next step overwrites."""
-        self.x.copy_(x)
-        self.y.copy_(y)
-        if not self.on_gpu:
-            self._run()
-        else:
-            if self.graph is None:
-                self._capture()
-            assert self.graph is not None
-            self.graph.replay()
-        return self.loss
-
-    def _run(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = F.cross_entropy(self.model(F.dropout(self.x, self.drop_rate)), self.y)
-        loss.backward()
-        self.optimizer.step()
-        clip_radius_(self.model)
-        self.loss.copy_(loss.detach())
-
-    def _capture(self) -> None:
-        """Warm up on a side stream, then record; weights and optimizer state are put back as they were."""
-        weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._run()
-        self.model.load_state_dict(weights)
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
 
 
 def train_sequences(
@@ -161,7 +94,13 @@ def train_sequences(
     torch.manual_seed(recipe.seed)
     generator = torch.Generator(device).manual_seed(recipe.seed)
     model = timm.create_model(recipe.network, **recipe.arguments).to(device).train()
-    step = _Step(model, recipe, images[0].numel(), device)
+    step = TrainingStep(
+        model,
+        sequence_parameter_groups(model, recipe.lr, recipe.weight_decay),
+        (recipe.batch_size, 1, images[0].numel()),
+        device,
+        recipe.input_drop_rate,
+    )
     batches = len(images) // recipe.batch_size
     rates = warmup_cosine(recipe.lr, recipe.epochs * batches, recipe.warmup_epochs * batches)
     last = None

@@ -1,0 +1,19 @@
+"""Triton kernels for NVIDIA GPUs. Nothing here is imported before a tensor on a GPU needs it.
+
+:func:`why_no_triton` says whether it can be; the modules beside it import Triton at their top.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+__all__ = ["why_no_triton"]
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """None if Triton is installed, else the reason why its kernels cannot run."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; it comes with PyTorch's CUDA wheels for Linux: pip install triton"
+    return None

@@ -1,0 +1,207 @@
+"""The steps of an FFT convolution that are not the FFT itself: folding, products of spectra, unfolding.
+
+A real linear convolution of ``2 n`` places is computed with complex transforms of ``n`` points and no redundancy, by
+reading real sequences as polynomials modulo ``u^(2n) + 1`` at the ``n`` roots with ``u^n = -i``:
+
+    X(u_m) = sum_{t < 2n} x[t] u_m^t = FFT_n{ (x[t] - i x[t + n]) e^(-i pi t / (2n)) }[m],   u_m = e^(-i pi (4m+1) / (2n)).
+
+Folding makes the braces, unfolding undoes them. Places that wrap around come back with the opposite sign. Against a
+real-to-complex transform of ``2 n`` points the bytes are the same, but no pass is spent on packing or padding (CUDA
+libraries need two more), and the transform is half as long. A second, outer axis is transformed plainly.
+
+Spectra lie as the FFT leaves them, ``(row, outer, inner)`` with frequencies contiguous; products are taken in that
+layout, so nothing is ever transposed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["contract", "fold", "unfold"]
+
+
+@triton.jit
+def _fold_kernel(
+    x, z, total, stride_row, stride_h, stride_w,
+    H: tl.constexpr, W: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < total
+    t = (index % NW).to(tl.int32)
+    h = (index // NW % NH).to(tl.int32)
+    base = x + index // (NW * NH) * stride_row
+    row = inside & (h < H)
+    far = t + NW
+    hh = H - 1 - h if FLIP else h
+    near_w = W - 1 - t if FLIP else t
+    far_w = W - 1 - far if FLIP else far
+    a = tl.load(base + hh * stride_h + near_w * stride_w, mask=row & (t < W), other=0.0).to(tl.float32)
+    if NW < W:
+        b = tl.load(base + hh * stride_h + far_w * stride_w, mask=row & (far < W), other=0.0).to(tl.float32)
+    else:
+        b = tl.zeros_like(a)
+    angle = t.to(tl.float32) * (3.141592653589793 / (2 * NW))
+    c = tl.cos(angle)
+    s = tl.sin(angle)
+    # (a - i b) (c - i s)
+    real = a * c - b * s
+    imag = -(a * s + b * c)
+    place = tl.arange(0, 2)
+    both = tl.where((place == 0)[None, :], real[:, None], imag[:, None])
+    tl.store(z + 2 * index[:, None] + place[None, :], both, mask=inside[:, None])
+
+
+@triton.jit
+def _unfold_kernel(
+    z, y, bias, total, channels, start_h, start_w, scale,
+    H: tl.constexpr, W: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < total
+    w = (index % W).to(tl.int32) + start_w
+    h = (index // W % H).to(tl.int32) + start_h
+    row = index // (W * H)
+    h = tl.where(h < 0, h + NH, h)
+    # Before the first place lies the last one, with the opposite sign.
+    sign = tl.where(w < 0, -1.0, 1.0)
+    w = tl.where(w < 0, w + 2 * NW, w)
+    far = w >= NW
+    t = tl.where(far, w - NW, w)
+    at = z + 2 * ((row * NH + h) * NW + t)
+    real = tl.load(at, mask=inside, other=0.0)
+    imag = tl.load(at + 1, mask=inside, other=0.0)
+    angle = t.to(tl.float32) * (3.141592653589793 / (2 * NW))
+    c = tl.cos(angle)
+    s = tl.sin(angle)
+    # v = (real + i imag) (c + i s) = y[t] - i y[t + n]
+    value = tl.where(far, -(real * s + imag * c), real * c - imag * s) * sign * scale
+    if BIAS:
+        value += tl.load(bias + (row % channels), mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + index, value.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _split(pair):
+    """Real and imaginary part of a complex64 that was loaded as one 64-bit word."""
+    real = pair.to(tl.int32).to(tl.float32, bitcast=True)
+    imag = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+    return real, imag
+
+
+@triton.jit
+def _contract_kernel(
+    a, b, c, n_a, n_b, n_c, n_f, a_row, a_sum, b_row, b_sum, c_a, c_b,
+    CONJUGATE_A: tl.constexpr, CONJUGATE_B: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    # Programs next to each other share frequencies: what they read stays in the second-level cache.
+    blocks_b = tl.cdiv(n_b, BLOCK_B)
+    index_a = tl.program_id(0) // blocks_b * BLOCK_A + tl.arange(0, BLOCK_A)
+    index_b = tl.program_id(0) % blocks_b * BLOCK_B + tl.arange(0, BLOCK_B)
+    f = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
+    in_f = f < n_f
+    # Rows past the end read the last row again; their results are not stored.
+    at_a = a + tl.minimum(index_a, n_a - 1).to(tl.int64)[:, None, None] * a_row + f[None, None, :]
+    at_b = b + tl.minimum(index_b, n_b - 1).to(tl.int64)[None, :, None] * b_row + f[None, None, :]
+    real = tl.zeros([BLOCK_A, BLOCK_B, BLOCK_F], tl.float32)
+    imag = tl.zeros([BLOCK_A, BLOCK_B, BLOCK_F], tl.float32)
+    for k in range(n_c):
+        a_real, a_imag = _split(tl.load(at_a, mask=in_f[None, None, :], other=0))
+        b_real, b_imag = _split(tl.load(at_b, mask=in_f[None, None, :], other=0))
+        if CONJUGATE_A:
+            a_imag = -a_imag
+        if CONJUGATE_B:
+            b_imag = -b_imag
+        real += a_real * b_real
+        real -= a_imag * b_imag
+        imag += a_real * b_imag
+        imag += a_imag * b_real
+        at_a += a_sum
+        at_b += b_sum
+    low = real.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    pair = (imag.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
+    at_c = c + index_a.to(tl.int64)[:, None, None] * c_a + index_b.to(tl.int64)[None, :, None] * c_b + f[None, None, :]
+    keep = (index_a < n_a)[:, None, None] & (index_b < n_b)[None, :, None] & in_f[None, None, :]
+    tl.store(at_c, pair, mask=keep)
+
+
+def fold(x: Tensor, sizes: tuple[int, int], flip: bool = False) -> Tensor:
+    """Real ``(rows, columns, H, W)`` -> complex64 ``(rows, columns, NH, NW)``, ready for the FFT over the last two axes.
+
+    Args:
+        x: Any floating-point type; ``2 NW >= W`` and ``NH >= H``, the rest is zeros.
+        sizes: ``(NH, NW)``.
+        flip: Read ``x`` backwards along both axes.
+    """
+    rows, columns, height, width = x.shape
+    if x.stride(0) != columns * x.stride(1):
+        x = x.contiguous()
+    nh, nw = sizes
+    z = torch.empty(rows, columns, nh, nw, dtype=torch.complex64, device=x.device)
+    block = 1024
+    _fold_kernel[(triton.cdiv(z.numel(), block),)](
+        x, torch.view_as_real(z), z.numel(), x.stride(1), x.stride(2), x.stride(3),
+        H=height, W=width, NH=nh, NW=nw, FLIP=flip, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return z
+
+
+def unfold(
+    z: Tensor, start: tuple[int, int], size: tuple[int, int], dtype: torch.dtype, bias: Tensor | None = None
+) -> Tensor:
+    """Inverse of :func:`fold` after an unscaled inverse FFT: complex64 ``(rows, columns, NH, NW)`` -> real.
+
+    Args:
+        z: Contiguous.
+        start: First place wanted along both axes; negative ones are those before the first.
+        size: ``(H, W)`` places wanted.
+        dtype: Type of the result.
+        bias: ``(columns,)`` to add.
+
+    Returns:
+        ``(rows, columns, H, W)``.
+    """
+    rows, columns, nh, nw = z.shape
+    y = torch.empty(rows, columns, *size, dtype=dtype, device=z.device)
+    block = 1024
+    _unfold_kernel[(triton.cdiv(y.numel(), block),)](
+        torch.view_as_real(z), y, y if bias is None else bias, y.numel(), columns, *start, 1.0 / (nh * nw),
+        H=size[0], W=size[1], NH=nh, NW=nw, BIAS=bias is not None, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return y
+
+
+def contract(
+    a: Tensor, b: Tensor, sum_a: int, sum_b: int, conjugate_a: bool = False, conjugate_b: bool = False
+) -> Tensor:
+    """``c[r, s, f] = sum_k a[r, k, f] b[s, k, f]`` at every frequency f, for contiguous complex64 tensors of rank 3 up.
+
+    Args:
+        a: ``(r, k, *frequencies)``, or ``(k, r, ...)`` where ``sum_a`` is 0.
+        b: ``(s, k, *frequencies)``, or ``(k, s, ...)`` where ``sum_b`` is 0.
+        sum_a: Axis of ``a`` that is summed, 0 or 1.
+        sum_b: Axis of ``b`` that is summed, 0 or 1.
+        conjugate_a: Use the complex conjugate of ``a``.
+        conjugate_b: Use the complex conjugate of ``b``.
+
+    Returns:
+        ``(r, s, *frequencies)``.
+    """
+    frequencies = a.shape[2:]
+    n_f = frequencies.numel()
+    n_a, n_b, n_c = a.shape[1 - sum_a], b.shape[1 - sum_b], a.shape[sum_a]
+    c = torch.empty(n_a, n_b, *frequencies, dtype=torch.complex64, device=a.device)
+    strides_a = (a.shape[1] * n_f, n_f)
+    strides_b = (b.shape[1] * n_f, n_f)
+    block_a, block_b, block_f, warps = 8, 8, 64, 2
+    grid = (triton.cdiv(n_a, block_a) * triton.cdiv(n_b, block_b), triton.cdiv(n_f, block_f))
+    _contract_kernel[grid](
+        a.view(torch.int64), b.view(torch.int64), c.view(torch.int64), n_a, n_b, n_c, n_f,
+        strides_a[1 - sum_a], strides_a[sum_a], strides_b[1 - sum_b], strides_b[sum_b], n_b * n_f, n_f,
+        CONJUGATE_A=conjugate_a, CONJUGATE_B=conjugate_b,
+        BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_F=block_f, num_warps=warps,
+    )  # fmt: skip
+    return c
