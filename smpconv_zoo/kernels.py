@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from smpconv_zoo.gpu import why_no_triton
+from smpconv_zoo.operators import gradient_operator, operator
 from smpconv_zoo.points import tents
 
 __all__ = ["NORMALIZATIONS", "RENDERERS", "render_kernel", "render_kernel_reference"]
@@ -215,8 +216,7 @@ def _factor(touched: _Touched, places: int, count: bool) -> Tensor:
     return (1 / (counts.to(touched.tent.dtype) + 1e-6)) * touched.tent
 
 
-@torch.library.custom_op("smpconv_zoo::render_points", mutates_args=())
-def _render_points(
+def _render_points_now(
     coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, count: bool, forced: bool
 ) -> Tensor:
     if weight.is_cuda:
@@ -239,8 +239,7 @@ def _render_points(
     return kernel.view(*weight.shape[:2], *grid.shape[1:])
 
 
-@torch.library.custom_op("smpconv_zoo::render_points_backward", mutates_args=())
-def _render_points_backward(
+def _render_points_backward_now(
     grad: Tensor, coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, count: bool, forced: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     if weight.is_cuda:
@@ -295,13 +294,11 @@ def _dense_gradients(
     return grad_coords.view(coords.shape), grad_radius.view(radius.shape), grad_values.view(weight.shape)
 
 
-@_render_points.register_fake
-def _(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, count: bool, forced: bool) -> Tensor:
+def _fake_render(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, count: bool, forced: bool) -> Tensor:
     return weight.new_empty([*weight.shape[:2], *grid.shape[1:]])
 
 
-@_render_points_backward.register_fake
-def _(
+def _fake_render_backward(
     grad: Tensor, coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, count: bool, forced: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(coords), torch.empty_like(radius), torch.empty_like(weight)
@@ -326,4 +323,7 @@ def _render_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*gradients, None, None, None)
 
 
-_render_points.register_autograd(_render_gradients, setup_context=_save_render)
+_render_points_backward = gradient_operator(
+    "render_points_backward", _render_points_backward_now, _fake_render_backward
+)
+_render_points = operator("render_points", _render_points_now, _fake_render, _save_render, _render_gradients)

@@ -3,7 +3,8 @@
 A real linear convolution of ``2 n`` places is computed with complex transforms of ``n`` points and no redundancy, by
 reading real sequences as polynomials modulo ``u^(2n) + 1`` at the ``n`` roots with ``u^n = -i``:
 
-    X(u_m) = sum_{t < 2n} x[t] u_m^t = FFT_n{ (x[t] - i x[t + n]) e^(-i pi t / (2n)) }[m],   u_m = e^(-i pi (4m+1) / (2n)).
+    X(u_m) = sum_{t < 2n} x[t] u_m^t = FFT_n{ (x[t] - i x[t + n]) e^(-i pi t / (2n)) }[m],
+    u_m = e^(-i pi (4m + 1) / (2n)).
 
 Folding makes the braces, unfolding undoes them. Places that wrap around come back with the opposite sign. Against a
 real-to-complex transform of ``2 n`` points the bytes are the same, but no pass is spent on packing or padding (CUDA
@@ -108,9 +109,17 @@ def _contract_kernel(
     at_b = b + tl.minimum(index_b, n_b - 1).to(tl.int64)[None, :, None] * b_row + f[None, None, :]
     real = tl.zeros([BLOCK_A, BLOCK_B, BLOCK_F], tl.float32)
     imag = tl.zeros([BLOCK_A, BLOCK_B, BLOCK_F], tl.float32)
+    a_pair = tl.load(at_a, mask=in_f[None, None, :], other=0)
+    b_pair = tl.load(at_b, mask=in_f[None, None, :], other=0)
     for k in range(n_c):
-        a_real, a_imag = _split(tl.load(at_a, mask=in_f[None, None, :], other=0))
-        b_real, b_imag = _split(tl.load(at_b, mask=in_f[None, None, :], other=0))
+        a_real, a_imag = _split(a_pair)
+        b_real, b_imag = _split(b_pair)
+        # The next operands are under way while these are multiplied.
+        at_a += a_sum
+        at_b += b_sum
+        more = in_f & (k + 1 < n_c)
+        a_pair = tl.load(at_a, mask=more[None, None, :], other=0)
+        b_pair = tl.load(at_b, mask=more[None, None, :], other=0)
         if CONJUGATE_A:
             a_imag = -a_imag
         if CONJUGATE_B:
@@ -119,8 +128,6 @@ def _contract_kernel(
         real -= a_imag * b_imag
         imag += a_real * b_imag
         imag += a_imag * b_real
-        at_a += a_sum
-        at_b += b_sum
     low = real.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     pair = (imag.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
     at_c = c + index_a.to(tl.int64)[:, None, None] * c_a + index_b.to(tl.int64)[None, :, None] * c_b + f[None, None, :]
@@ -129,7 +136,7 @@ def _contract_kernel(
 
 
 def fold(x: Tensor, sizes: tuple[int, int], flip: bool = False) -> Tensor:
-    """Real ``(rows, columns, H, W)`` -> complex64 ``(rows, columns, NH, NW)``, ready for the FFT over the last two axes.
+    """Real ``(rows, columns, H, W)`` -> complex64 ``(rows, columns, NH, NW)``, ready for the FFT of the last two.
 
     Args:
         x: Any floating-point type; ``2 NW >= W`` and ``NH >= H``, the rest is zeros.
@@ -175,7 +182,13 @@ def unfold(
 
 
 def contract(
-    a: Tensor, b: Tensor, sum_a: int, sum_b: int, conjugate_a: bool = False, conjugate_b: bool = False
+    a: Tensor,
+    b: Tensor,
+    sum_a: int,
+    sum_b: int,
+    conjugate_a: bool = False,
+    conjugate_b: bool = False,
+    blocks: tuple[int, int, int, int] = (8, 8, 64, 2),
 ) -> Tensor:
     """``c[r, s, f] = sum_k a[r, k, f] b[s, k, f]`` at every frequency f, for contiguous complex64 tensors of rank 3 up.
 
@@ -196,7 +209,7 @@ def contract(
     c = torch.empty(n_a, n_b, *frequencies, dtype=torch.complex64, device=a.device)
     strides_a = (a.shape[1] * n_f, n_f)
     strides_b = (b.shape[1] * n_f, n_f)
-    block_a, block_b, block_f, warps = 8, 8, 64, 2
+    block_a, block_b, block_f, warps = blocks
     grid = (triton.cdiv(n_a, block_a) * triton.cdiv(n_b, block_b), triton.cdiv(n_f, block_f))
     _contract_kernel[grid](
         a.view(torch.int64), b.view(torch.int64), c.view(torch.int64), n_a, n_b, n_c, n_f,

@@ -52,7 +52,8 @@ def _counts(coords, radius, grid, taps, T, in_taps, P, D: tl.constexpr, BLOCK_P:
 @triton.jit
 def _render_kernel(
     coords, radius, weight, grid, kernel, R, P, T,
-    D: tl.constexpr, COUNT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+    D: tl.constexpr, COUNT: tl.constexpr, SINGLE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     row_blocks = tl.cdiv(R, BLOCK_R)
     s = tl.program_id(1) // row_blocks
@@ -63,24 +64,36 @@ def _render_kernel(
     radius += s * P
     at = (s.to(tl.int64) * R + rows)[:, None]
     total = tl.zeros([BLOCK_R, BLOCK_T], tl.float32)
-    factor = tl.full([BLOCK_T], 1.0, tl.float32)
-    if COUNT:
-        count = _counts(coords, radius, grid, taps, T, in_taps, P, D, BLOCK_P, BLOCK_T)
-        factor = tl.div_rn(factor, count + 1e-6)
-    for p in range(0, P, BLOCK_P):
-        points = p + tl.arange(0, BLOCK_P)
+    points = tl.arange(0, BLOCK_P)
+    if SINGLE:
         in_points = points < P
         tent = _tents(coords, radius, grid, taps, T, in_taps, points, in_points, D)
-        if tl.max(tl.max(tent, axis=1), axis=0) > 0:
+        count = tl.sum((tent > 0).to(tl.float32), axis=0)
+        if tl.max(count, axis=0) > 0:
+            if COUNT:
+                tent *= tl.div_rn(tl.full([BLOCK_T], 1.0, tl.float32), count + 1e-6)[None, :]
             values = tl.load(weight + at * P + points[None, :], mask=in_rows[:, None] & in_points[None, :], other=0.0)
-            total = tl.dot(values, tent * factor[None, :], total, input_precision="ieee")
+            total = tl.dot(values, tent, total, input_precision="ieee")
+    else:
+        factor = tl.full([BLOCK_T], 1.0, tl.float32)
+        if COUNT:
+            count = _counts(coords, radius, grid, taps, T, in_taps, P, D, BLOCK_P, BLOCK_T)
+            factor = tl.div_rn(factor, count + 1e-6)
+        for p in range(0, P, BLOCK_P):
+            here = p + points
+            in_points = here < P
+            tent = _tents(coords, radius, grid, taps, T, in_taps, here, in_points, D)
+            if tl.max(tl.max(tent, axis=1), axis=0) > 0:
+                values = tl.load(weight + at * P + here[None, :], mask=in_rows[:, None] & in_points[None, :], other=0.0)
+                total = tl.dot(values, tent * factor[None, :], total, input_precision="ieee")
     tl.store(kernel + at * T + taps[None, :], total, mask=in_rows[:, None] & in_taps[None, :])
 
 
 @triton.jit
 def _render_backward_kernel(
     grad, coords, radius, weight, grid, grad_coords, grad_radius, grad_weight, R, P, T,
-    D: tl.constexpr, COUNT: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr,
+    D: tl.constexpr, COUNT: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_T: tl.constexpr, SCAN: tl.constexpr,
 ):  # fmt: skip
     p = tl.program_id(0)
     s = tl.program_id(1).to(tl.int64)
@@ -99,7 +112,22 @@ def _render_backward_kernel(
     to_r = tl.zeros([BLOCK_T], tl.float32)
     # With more rows than one block holds, the gradients to the values are added up in memory, by this program alone.
     first = tl.zeros([BLOCK_R], tl.float32)
-    for t in range(0, T, BLOCK_T):
+    # Where the touched taps begin and end.
+    lowest = tl.full([SCAN], 2147483647, tl.int32)
+    highest = tl.full([SCAN], -1, tl.int32)
+    for t in range(0, T, SCAN):
+        taps = t + tl.arange(0, SCAN)
+        in_taps = taps < T
+        distance = tl.abs(tl.load(grid + taps, mask=in_taps, other=float("inf")) - cx)
+        if D == 2:
+            distance += tl.abs(tl.load(grid + T + taps, mask=in_taps, other=0.0) - cy)
+        # One rounding more or less does not matter here: the tent decides below.
+        near = distance <= r * 1.001
+        lowest = tl.minimum(lowest, tl.where(near, taps, 2147483647))
+        highest = tl.maximum(highest, tl.where(near, taps, -1))
+    begin = tl.min(lowest, axis=0)
+    end = tl.max(highest, axis=0) + 1
+    for t in range(begin, end, BLOCK_T):
         taps = t + tl.arange(0, BLOCK_T)
         in_taps = taps < T
         dx = tl.load(grid + taps, mask=in_taps, other=0.0) - cx
@@ -150,7 +178,7 @@ def render(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, count: 
     block_t = 64
     _render_kernel[(triton.cdiv(taps, block_t), sets * triton.cdiv(rows, block_r))](
         coords, radius, weight, grid, kernel, rows, points, taps,
-        D=dims, COUNT=count, BLOCK_R=block_r, BLOCK_P=32, BLOCK_T=block_t, num_warps=4,
+        D=dims, COUNT=count, SINGLE=points <= 32, BLOCK_R=block_r, BLOCK_P=32, BLOCK_T=block_t, num_warps=4,
     )  # fmt: skip
     return kernel
 
@@ -164,7 +192,7 @@ def render_backward(
     block_r = min(64, max(16, triton.next_power_of_2(rows)))
     _render_backward_kernel[(points, sets)](
         grad, coords, radius, weight, grid, grad_coords, grad_radius, grad_weight, rows, points, taps,
-        D=dims, COUNT=count, BLOCK_R=block_r, BLOCK_P=32, BLOCK_T=32, num_warps=2,
+        D=dims, COUNT=count, BLOCK_R=block_r, BLOCK_P=32, BLOCK_T=16, SCAN=1024, num_warps=2,
     )  # fmt: skip
     return grad_coords, grad_radius, grad_weight
 

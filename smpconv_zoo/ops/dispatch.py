@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from smpconv_zoo.ops.fft import fft_convolve, good_fft_size
+from smpconv_zoo.ops.fft import can_fold, fft_convolve, good_fft_size
 from smpconv_zoo.ops.reference import causal_conv1d_reference, conv2d_reference, depthwise_conv2d_reference
 from smpconv_zoo.ops.short import can_run_short, short_convolve
 
@@ -29,6 +29,8 @@ _CPU_DEPTHWISE_TAPS = 15
 _CPU_DEPTHWISE_TAPS_TRAINING = 13
 _POINT_COST_DEPTHWISE = {"cuda": 8}
 _POINT_COST_DENSE = {"cpu": 25, "cuda": 100}
+# The folded transforms of :mod:`smpconv_zoo.gpu.fourier` beat cuDNN from so many taps on, at any size that was timed.
+_FOLDED_TAPS = 16
 # From so many taps on `auto` stays away from the direct gradient of a dense 2-D kernel on CPU, whatever the cost: with
 # oneDNN for AVX-512 (PyTorch 2.14.1) the float32 gradient of 31 x 3 taps on a 16 x 16 map, 19 x 5 on 10 x 10, and
 # others whose height is 2 H - 1 and width much less, writes outside its memory. `_reachable_same` cuts taller kernels
@@ -193,6 +195,8 @@ def _fft_pays(x: Tensor, weight: Tensor, depthwise: bool) -> bool:
         return True
     if device_type == "cpu" and depthwise:
         return max(taps) >= (_CPU_DEPTHWISE_TAPS_TRAINING if training else _CPU_DEPTHWISE_TAPS)
+    if not depthwise and can_fold(x, weight):
+        return math.prod(taps) >= _FOLDED_TAPS
     cost = (_POINT_COST_DEPTHWISE if depthwise else _POINT_COST_DENSE).get(device_type)
     if cost is None:
         return False

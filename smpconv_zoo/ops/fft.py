@@ -20,6 +20,7 @@ in float32.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +28,12 @@ import torch
 from torch import Tensor
 
 from smpconv_zoo.gpu import why_no_triton
+from smpconv_zoo.operators import operator, recorded
 
-__all__ = ["fft_convolve", "good_fft_size"]
+__all__ = ["can_fold", "fft_convolve", "good_fft_size"]
+
+# Spectra of more bytes than this are computed again in the backward pass rather than kept for it, layer by layer.
+_KEPT_BYTES = 64 * 2**20
 
 
 def good_fft_size(size: int, primes: Sequence[int] = (2, 3, 5, 7)) -> int:
@@ -51,6 +56,11 @@ def _folded_sizes(size: Sequence[int], taps: Sequence[int], future: Sequence[int
     return outer, good_fft_size((linear[-1] + 1) // 2, (2, 3, 5))
 
 
+def can_fold(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`fft_convolve` folds: dense kernels on an NVIDIA GPU, not in double precision."""
+    return _Folded.can_run(x, _is_depthwise(x.shape[1], weight.shape))
+
+
 def fft_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
     """Convolve through the FFT.
 
@@ -63,7 +73,13 @@ def fft_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
     Returns:
         ``(N, O, *size)``, in the dtype of ``x``.
     """
-    return _convolve(x, weight, list(future))
+    places = list(future)
+    y: Tensor
+    if _keeps_spectra(x, weight, places):
+        y = _ConvolveKeepingSpectra.apply(x, weight, places)
+    else:
+        y = _convolve(x, weight, places)
+    return y
 
 
 def _is_depthwise(channels: int, weight_shape: Sequence[int]) -> bool:
@@ -161,8 +177,7 @@ def _two(values: Sequence[int], outer: int) -> tuple[int, int]:
     return (outer, values[0]) if len(values) == 1 else (values[0], values[1])
 
 
-@torch.library.custom_op("smpconv_zoo::fft_convolve", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+def _convolve_now(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
     size, taps = x.shape[2:], weight.shape[2:]
     if _Folded.can_run(x, _is_depthwise(x.shape[1], weight.shape)):
         folded = _Folded(size, taps, future)
@@ -177,8 +192,7 @@ def _convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
     return _inverse_transform(spectrum, sizes, future, size).to(x.dtype).contiguous()
 
 
-@torch.library.custom_op("smpconv_zoo::fft_convolve_input", mutates_args=())
-def _convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> Tensor:
+def _convolve_input_now(grad: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> Tensor:
     """Adjoint of the convolution in x: ``grad`` (N, O, *size) -> (N, I, *size).
 
     ``depthwise`` is told, not seen: a dense kernel for one input channel has the shape of a depthwise one here.
@@ -198,8 +212,7 @@ def _convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int], depthwi
     return _inverse_transform(spectrum, sizes, past, size).to(grad.dtype).contiguous()
 
 
-@torch.library.custom_op("smpconv_zoo::fft_convolve_weight", mutates_args=())
-def _convolve_weight(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool) -> Tensor:
+def _convolve_weight_now(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool) -> Tensor:
     """Adjoint of the convolution in the kernel: ``grad`` (N, O, *size), ``x`` (N, I, *size) -> (O, I or 1, *taps)."""
     size = x.shape[2:]
     if _Folded.can_run(x, depthwise):
@@ -218,8 +231,7 @@ def _convolve_weight(grad: Tensor, x: Tensor, taps: Sequence[int], future: Seque
     return lags.to(grad.dtype).contiguous()
 
 
-@torch.library.custom_op("smpconv_zoo::fft_convolve_both", mutates_args=())
-def _convolve_both(
+def _convolve_both_now(
     grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool
 ) -> tuple[Tensor, Tensor]:
     """Both adjoints at once: on a GPU they share the spectrum of ``grad``."""
@@ -237,23 +249,19 @@ def _convolve_both(
     )
 
 
-@_convolve.register_fake
-def _(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+def _fake_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
     return x.new_empty([x.shape[0], weight.shape[0], *x.shape[2:]])
 
 
-@_convolve_input.register_fake
-def _(grad: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> Tensor:
+def _fake_convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> Tensor:
     return grad.new_empty([grad.shape[0], weight.shape[0 if depthwise else 1], *grad.shape[2:]])
 
 
-@_convolve_weight.register_fake
-def _(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool) -> Tensor:
+def _fake_convolve_weight(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool) -> Tensor:
     return grad.new_empty([grad.shape[1], 1 if depthwise else x.shape[1], *taps])
 
 
-@_convolve_both.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> tuple[Tensor, Tensor]:
+def _fake_convolve_both(grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
@@ -323,7 +331,51 @@ def _convolve_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | Non
     )
 
 
-_convolve_both.register_autograd(_convolve_both_backward, setup_context=_save_convolve_both)
-_convolve.register_autograd(_convolve_backward, setup_context=_save_convolve)
-_convolve_input.register_autograd(_convolve_input_backward, setup_context=_save_convolve_input)
-_convolve_weight.register_autograd(_convolve_weight_backward, setup_context=_save_convolve_weight)
+_convolve_both = operator(
+    "fft_convolve_both", _convolve_both_now, _fake_convolve_both, _save_convolve_both, _convolve_both_backward
+)
+_convolve = operator("fft_convolve", _convolve_now, _fake_convolve, _save_convolve, _convolve_backward)
+_convolve_input = operator(
+    "fft_convolve_input", _convolve_input_now, _fake_convolve_input, _save_convolve_input, _convolve_input_backward
+)
+_convolve_weight = operator(
+    "fft_convolve_weight", _convolve_weight_now, _fake_convolve_weight, _save_convolve_weight, _convolve_weight_backward
+)
+
+
+class _ConvolveKeepingSpectra(torch.autograd.Function):
+    """The folded convolution of a training step: what was transformed forward is not transformed again backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, future: list[int]) -> Tensor:
+        folded = _Folded(x.shape[2:], weight.shape[2:], future)
+        spectrum_x, spectrum_weight = folded.spectrum(x), folded.spectrum(weight, flip=True)
+        ctx.future, ctx.folded = future, folded
+        ctx.save_for_backward(x, weight, spectrum_x, spectrum_weight)
+        return folded.output(spectrum_x, spectrum_weight, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, spectrum_x, spectrum_weight = ctx.saved_tensors
+        to_x, to_weight = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+            return (
+                _convolve_input(grad, weight, ctx.future, False) if to_x else None,
+                _convolve_weight(grad, x, list(weight.shape[2:]), ctx.future, False) if to_weight else None,
+                None,
+            )
+        spectrum = ctx.folded.spectrum(grad)
+        return (
+            ctx.folded.input_gradient(spectrum, spectrum_weight, grad) if to_x else None,
+            ctx.folded.weight_gradient(spectrum, spectrum_x, grad) if to_weight else None,
+            None,
+        )
+
+
+def _keeps_spectra(x: Tensor, weight: Tensor, future: list[int]) -> bool:
+    if recorded((x, weight)) or not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
+        return False
+    if not can_fold(x, weight):
+        return False
+    points = math.prod(_folded_sizes(x.shape[2:], weight.shape[2:], future))
+    return 8 * points * (x.shape[0] * x.shape[1] + weight.shape[0] * weight.shape[1]) <= _KEPT_BYTES

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from smpconv_zoo.gpu import why_no_triton
+from smpconv_zoo.operators import gradient_operator, operator
 
 __all__ = ["norm_sum", "why_not_fused"]
 
@@ -69,7 +70,9 @@ def norm_sum(
     if drop_rate > 0 and norm_a.training:
         mask = torch.empty_like(a, dtype=torch.bool).bernoulli_(1 - drop_rate)
         scale = 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
-    running = [norm_a.running_mean, norm_a.running_var, norm_b.running_mean, norm_b.running_var]
+    running = (None,) * 4
+    if not norm_a.training:
+        running = (norm_a.running_mean, norm_a.running_var, norm_b.running_mean, norm_b.running_var)
     out, saved = _norm_sum(
         a.contiguous(),
         b.contiguous(),
@@ -77,7 +80,7 @@ def norm_sum(
         norm_a.bias,
         norm_b.weight,
         norm_b.bias,
-        [] if norm_a.training else running,
+        *running,
         [norm_a.eps, norm_b.eps],
         relu,
         mask,
@@ -85,7 +88,7 @@ def norm_sum(
         None if residual is None else residual.contiguous(),
     )
     if norm_a.training:
-        _track(
+        (_track if torch.compiler.is_compiling() else _track_now)(
             saved,
             norm_a.running_mean,
             norm_a.running_var,
@@ -96,18 +99,21 @@ def norm_sum(
             a.numel() // a.shape[1],
             [norm_a.momentum, norm_b.momentum],
         )
-    return out
+    result: Tensor = out
+    return result
 
 
-@torch.library.custom_op("smpconv_zoo::norm_sum", mutates_args=())
-def _norm_sum(
+def _norm_sum_now(
     a: Tensor,
     b: Tensor,
     gamma_a: Tensor,
     beta_a: Tensor,
     gamma_b: Tensor,
     beta_b: Tensor,
-    running: Sequence[Tensor],
+    mean_a: Tensor | None,
+    var_a: Tensor | None,
+    mean_b: Tensor | None,
+    var_b: Tensor | None,
     eps: Sequence[float],
     relu: bool,
     mask: Tensor | None,
@@ -120,8 +126,8 @@ def _norm_sum(
         a,
         b,
         (gamma_a, beta_a, gamma_b, beta_b),
-        tuple(running) or None,
-        tuple(eps),
+        None if mean_a is None or var_a is None or mean_b is None or var_b is None else (mean_a, var_a, mean_b, var_b),
+        (eps[0], eps[1]),
         relu=relu,
         mask=mask,
         drop_scale=drop_scale,
@@ -129,10 +135,7 @@ def _norm_sum(
     )
 
 
-@torch.library.custom_op(
-    "smpconv_zoo::track", mutates_args=("mean_a", "var_a", "tracked_a", "mean_b", "var_b", "tracked_b")
-)
-def _track(
+def _track_now(
     saved: Tensor,
     mean_a: Tensor,
     var_a: Tensor,
@@ -148,8 +151,7 @@ def _track(
     track(saved, (mean_a, var_a, tracked_a, mean_b, var_b, tracked_b), count, (momentum[0], momentum[1]))
 
 
-@torch.library.custom_op("smpconv_zoo::norm_sum_backward", mutates_args=())
-def _norm_sum_backward(
+def _norm_sum_backward_now(
     grad: Tensor,
     a: Tensor,
     b: Tensor,
@@ -180,20 +182,22 @@ def _norm_sum_backward(
     )
 
 
-@_norm_sum.register_fake
-def _(a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+_track = torch.library.custom_op(
+    "smpconv_zoo::track", _track_now, mutates_args=("mean_a", "var_a", "tracked_a", "mean_b", "var_b", "tracked_b")
+)
+
+
+def _fake_norm_sum(a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(a), a.new_empty(4, a.shape[1])
 
 
-@_norm_sum_backward.register_fake
-def _(grad: Tensor, a: Tensor, b: Tensor, out: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_norm_sum_backward(grad: Tensor, a: Tensor, b: Tensor, out: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     residual = a.new_empty(0) if out is None else torch.empty_like(a)
     return torch.empty_like(a), torch.empty_like(b), residual, a.new_empty(4, a.shape[1])
 
 
 def _save_norm_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, b, gamma_a, beta_a, gamma_b, beta_b, running, ctx.eps, ctx.relu, mask, ctx.drop_scale, residual = inputs
-    ctx.running = len(running)
+    a, b, gamma_a, beta_a, gamma_b, beta_b, *_, ctx.eps, ctx.relu, mask, ctx.drop_scale, residual = inputs
     out, saved = output
     kept = None if residual is None else out
     ctx.save_for_backward(a, b, gamma_a, beta_a, gamma_b, beta_b, mask, residual, kept, saved)
@@ -201,7 +205,6 @@ def _save_norm_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _norm_sum_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
     a, b, gamma_a, beta_a, gamma_b, beta_b, mask, residual, out, saved = ctx.saved_tensors
-    no_running = [None] * ctx.running
     if torch.is_grad_enabled():
         # Somebody differentiates the gradient: PyTorch's own norms have derivatives of every order.
         inputs = [a, b, gamma_a, beta_a, gamma_b, beta_b] + ([] if residual is None else [residual])
@@ -213,13 +216,14 @@ def _norm_sum_gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
         found = iter(torch.autograd.grad(y, [t for t in inputs if t.requires_grad], grad, create_graph=True))
         gradients = [next(found) if tensor.requires_grad else None for tensor in inputs]
         to_residual = None if residual is None else gradients[6]
-        return (*gradients[:6], no_running, None, None, None, None, to_residual)
+        return (*gradients[:6], *[None] * 8, to_residual)
     to_a, to_b, to_residual, parameters = _norm_sum_backward(
         grad, a, b, out, saved, gamma_a, beta_a, gamma_b, beta_b, ctx.eps, ctx.relu, mask, ctx.drop_scale
     )
     to_gamma_a, to_gamma_b, to_beta_a, to_beta_b = parameters.unbind(0)
     to_residual = None if residual is None else to_residual
-    return to_a, to_b, to_gamma_a, to_beta_a, to_gamma_b, to_beta_b, no_running, None, None, None, None, to_residual
+    return to_a, to_b, to_gamma_a, to_beta_a, to_gamma_b, to_beta_b, *[None] * 8, to_residual
 
 
-_norm_sum.register_autograd(_norm_sum_gradients, setup_context=_save_norm_sum)
+_norm_sum_backward = gradient_operator("norm_sum_backward", _norm_sum_backward_now, _fake_norm_sum_backward)
+_norm_sum = operator("norm_sum", _norm_sum_now, _fake_norm_sum, _save_norm_sum, _norm_sum_gradients)

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from smpconv_zoo.gpu import why_no_triton
+from smpconv_zoo.operators import operator
 
 __all__ = ["can_run_short", "short_convolve"]
 
 _MAX_CHANNELS = 64
-_MAX_TAPS = 8
+_MAX_TAPS = 5
 
 
 def can_run_short(x: Tensor, weight: Tensor) -> str | None:
-    """None if the kernel for few taps can convolve ``x`` (N, I, L) with ``weight`` (O, I, K), else the reason why not."""
+    """None if the kernel for few taps can convolve ``x`` (N, I, L) with ``weight`` (O, I, K), else the reason."""
     if x.device.type != "cuda":
         return f"the kernel for few taps runs on cuda, x is on {x.device.type}"
     if x.dim() != 3:
@@ -37,42 +38,37 @@ def can_run_short(x: Tensor, weight: Tensor) -> str | None:
 
 def short_convolve(x: Tensor, weight: Tensor) -> Tensor:
     """float32 ``x`` (N, I, L), ``weight`` (O, I, K) -> (N, O, L); the last tap meets the current sample."""
-    return _convolve(x, weight)
+    y: Tensor = _convolve(x, weight)
+    return y
 
 
-@torch.library.custom_op("smpconv_zoo::short_convolve", mutates_args=())
-def _convolve(x: Tensor, weight: Tensor) -> Tensor:
+def _convolve_now(x: Tensor, weight: Tensor) -> Tensor:
     from smpconv_zoo.gpu.short import short_convolve
 
     return short_convolve(x.contiguous(), weight)
 
 
-@torch.library.custom_op("smpconv_zoo::short_convolve_input", mutates_args=())
-def _convolve_input(grad: Tensor, weight: Tensor) -> Tensor:
+def _convolve_input_now(grad: Tensor, weight: Tensor) -> Tensor:
     from smpconv_zoo.gpu.short import short_convolve_input
 
     return short_convolve_input(grad.contiguous(), weight)
 
 
-@torch.library.custom_op("smpconv_zoo::short_convolve_weight", mutates_args=())
-def _convolve_weight(grad: Tensor, x: Tensor, taps: int) -> Tensor:
+def _convolve_weight_now(grad: Tensor, x: Tensor, taps: int) -> Tensor:
     from smpconv_zoo.gpu.short import short_convolve_weight
 
     return short_convolve_weight(grad.contiguous(), x.contiguous(), taps)
 
 
-@_convolve.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
+def _fake_convolve(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty([x.shape[0], weight.shape[0], x.shape[2]])
 
 
-@_convolve_input.register_fake
-def _(grad: Tensor, weight: Tensor) -> Tensor:
+def _fake_convolve_input(grad: Tensor, weight: Tensor) -> Tensor:
     return grad.new_empty([grad.shape[0], weight.shape[1], grad.shape[2]])
 
 
-@_convolve_weight.register_fake
-def _(grad: Tensor, x: Tensor, taps: int) -> Tensor:
+def _fake_convolve_weight(grad: Tensor, x: Tensor, taps: int) -> Tensor:
     return grad.new_empty([grad.shape[1], x.shape[1], taps])
 
 
@@ -105,6 +101,10 @@ def _convolve_weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | Non
     )
 
 
-_convolve.register_autograd(_convolve_backward, setup_context=_save_pair)
-_convolve_input.register_autograd(_convolve_input_backward, setup_context=_save_pair)
-_convolve_weight.register_autograd(_convolve_weight_backward, setup_context=_save_pair)
+_convolve = operator("short_convolve", _convolve_now, _fake_convolve, _save_pair, _convolve_backward)
+_convolve_input = operator(
+    "short_convolve_input", _convolve_input_now, _fake_convolve_input, _save_pair, _convolve_input_backward
+)
+_convolve_weight = operator(
+    "short_convolve_weight", _convolve_weight_now, _fake_convolve_weight, _save_pair, _convolve_weight_backward
+)
