@@ -30,9 +30,9 @@ def read_ts(path: Path) -> tuple[list[list[np.ndarray]], list[str]]:
     series: list[list[np.ndarray]] = []
     labels: list[str] = []
     in_data = False
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig", errors="replace").splitlines(), start=1):
         text = line.strip().lower()
-        if not text or text.startswith("#"):
+        if not text or text.startswith(("#", "%")):
             continue
         if in_data:
             *channels, label = text.split(":")
