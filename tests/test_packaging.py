@@ -59,11 +59,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("build", reason="needs build to make a wheel")
+def new_setuptools() -> None:
     version = importlib.metadata.version("setuptools") if importlib.util.find_spec("setuptools") else "0"
     if int(version.split(".")[0]) < 77:
         pytest.skip(f"needs setuptools >= 77 for the licence fields of pyproject.toml, found {version}")
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, new_setuptools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("build", reason="needs build to make a wheel")
     tree = tmp_path_factory.mktemp("tree") / "smpconv-zoo"
     shutil.copytree(source, tree)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)]
@@ -103,9 +107,8 @@ def test_the_unpacked_repository_works_alone(source: Path) -> None:
 
 
 @pytest.mark.slow
-def test_an_editable_install_works_from_another_folder(source: Path, tmp_path: Path) -> None:
+def test_an_editable_install_works_from_another_folder(source: Path, new_setuptools: None, tmp_path: Path) -> None:
     """In an environment of its own that finds the packages of this one behind its own, as with system packages."""
-    pytest.importorskip("setuptools")
     tree = tmp_path / "clone"
     shutil.copytree(source, tree)
     venv.create(tmp_path / "venv", symlinks=True)
