@@ -24,7 +24,7 @@ from rich.table import Table
 from smpconv_zoo._version import __version__
 from smpconv_zoo.catalogue import NetworkFacts, list_networks, look_up, match_checkpoints, where_weights_come_from
 from smpconv_zoo.checkpoints import convert_file
-from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_on
+from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
 from smpconv_zoo.evaluation.test_sets import eval_command, open_test_set
@@ -345,7 +345,10 @@ def _import_lines(done: Imported) -> Iterator[str]:
         yield "Another file than the one imported before, accepted as asked. From now on this one is the recorded one."
     if not done.changed:
         yield "This very file was imported before; nothing was done."
-    yield f"Whether these weights are as good as published: {eval_command(checkpoint_card(done.id))}"
+    card = checkpoint_card(done.id)
+    yield f"Whether these weights are as good as published: {eval_command(card)}"
+    if "PATH" in eval_command(card):
+        yield f"PATH: your folder of {card.data.name}; without it the command says what it needs and where to get it."
 
 
 def _publish_lines(done: Published) -> Iterator[str]:
@@ -375,14 +378,15 @@ def _evaluate(
 ) -> list[EvaluationResult]:
     if threads is not None:
         torch.set_num_threads(threads)
-    cards = [card_in_use(name) for name in ids]
     # All data are opened before the first network is loaded: nothing is computed in vain.
-    opened = [open_test_set(card, data_dir, download) for card in cards]
+    opened = {name: open_test_set(card_in_use(name), data_dir, download) for name in ids}
     results = []
-    for card, data in zip(cards, opened, strict=True):
-        with _progress(card.id) as progress:
+    for name, data in opened.items():
+        with _progress(name) as progress:
             results.append(
-                evaluate_on(card, data, batch_size=batch_size, workers=workers, device=device, progress=progress)
+                evaluate_checkpoint(
+                    name, data=data, batch_size=batch_size, workers=workers, device=device, progress=progress
+                )
             )
     return results
 

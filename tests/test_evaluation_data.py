@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -42,7 +43,7 @@ from smpconv_zoo.data.mfcc import mfcc
 from smpconv_zoo.data.speech_commands import SpeechCommandsTest, read_clip
 from smpconv_zoo.data.ts_files import read_ts
 from smpconv_zoo.evaluation import classification
-from smpconv_zoo.evaluation.classification import evaluate_checkpoint, evaluate_on
+from smpconv_zoo.evaluation.classification import evaluate_checkpoint
 from smpconv_zoo.evaluation.test_sets import EvaluationData, batches, eval_command, open_test_set
 from smpconv_zoo.importing import import_checkpoint
 from smpconv_zoo.pretrained.cards import checkpoint_card
@@ -496,8 +497,6 @@ def test_sizes_out_of_range(store: Path) -> None:
 
 
 def test_data_that_nobody_knows(store: Path) -> None:
-    import dataclasses
-
     card = checkpoint_card("smpconv_t.in1k")
     card = dataclasses.replace(card, data=dataclasses.replace(card.data, name="ImageNet-0k"))
     with pytest.raises(ValueError, match="ImageNet-0k as image 224 x 224, which cannot be evaluated here"):
@@ -577,5 +576,5 @@ def test_an_opened_test_part_is_used_as_it_is(store: Path, tmp_path: Path) -> No
     with torch.inference_mode():
         y = model(x).argmax(dim=1)
     data = EvaluationData(torch.utils.data.TensorDataset(x, y), notes=("Noise.",))
-    result = evaluate_on(checkpoint_card("smpconv_tcn_mnist.smnist"), data, batch_size=4)
+    result = evaluate_checkpoint("smpconv_tcn_mnist.smnist", data=data, batch_size=4)
     assert (result.correct, result.total, result.top1) == (6, 6, 100) and "Noise." in result.notes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from smpconv_zoo.models.build import sample_shape
 from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult, PaperResult
 from smpconv_zoo.pretrained.home import card_in_use
 
-__all__ = ["EvaluationResult", "evaluate_checkpoint", "evaluate_on", "load_pretrained", "predict", "top1"]
+__all__ = ["EvaluationResult", "evaluate_checkpoint", "load_pretrained", "predict", "top1"]
 
 Progress = Callable[[int, int], None]
 
@@ -54,7 +54,7 @@ def evaluate_checkpoint(
     checkpoint_id: str,
     *,
     data_dir: Path | None = None,
-    download: bool = False,
+    data: EvaluationData | None = None,
     batch_size: int = 100,
     workers: int = 0,
     device: str = "cpu",
@@ -66,7 +66,8 @@ def evaluate_checkpoint(
     Args:
         checkpoint_id: ``network.tag``.
         data_dir: Folder with the data, for those that do not come with a package.
-        download: Whether to fetch data that are not in ``data_dir``, where torchvision can.
+        data: The test part, if it has been opened already, see
+            :func:`~smpconv_zoo.evaluation.test_sets.open_test_set`.
         batch_size: Samples at a time.
         workers: Processes that read samples ahead from the disk.
         device: Where to compute.
@@ -82,26 +83,10 @@ def evaluate_checkpoint(
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
-    usable_device(device)
-    card = card_in_use(checkpoint_id)
-    data = open_test_set(card, data_dir, download)
-    return evaluate_on(
-        card, data, batch_size=batch_size, workers=workers, device=device, limit=limit, progress=progress
-    )
-
-
-def evaluate_on(
-    card: CheckpointCard,
-    data: EvaluationData,
-    *,
-    batch_size: int = 100,
-    workers: int = 0,
-    device: str = "cpu",
-    limit: int | None = None,
-    progress: Progress | None = None,
-) -> EvaluationResult:
-    """Measure a checkpoint on a test part that has been opened; see :func:`evaluate_checkpoint`."""
     target = usable_device(device)
+    card = card_in_use(checkpoint_id)
+    if data is None:
+        data = open_test_set(card, data_dir)
     model = load_pretrained(card).to(target)
     samples, notes = data.samples, data.notes
     if limit is not None and limit < len(data):
@@ -113,16 +98,8 @@ def evaluate_on(
     found, expected = tuple(samples[0][0].shape), sample_shape(model)
     if found != expected:
         raise ValueError(f"{card.id} takes samples of shape {expected}, these are of shape {found}: other data")
-    labels, predictions, seconds, done = [], [], 0.0, 0
-    for x, y in batches(samples, batch_size, workers if data.from_files else 0):
-        start = time.perf_counter()
-        predictions.append(_classify(model, x, target))
-        seconds += time.perf_counter() - start
-        labels.append(y)
-        done += len(y)
-        if progress is not None:
-            progress(done, total)
-    y, predicted = torch.cat(labels), torch.cat(predictions)
+    stream = batches(samples, batch_size, workers if data.from_files else 0)
+    y, predicted, seconds = _classify_stream(model, stream, total, target, progress)
     correct = int((predicted == y).sum())
     measured = card.measured
     if card.paper is not None:
@@ -182,6 +159,26 @@ def predict(
 @torch.inference_mode()
 def _classify(model: nn.Module, x: Tensor, device: str | torch.device) -> Tensor:
     return model(x.to(device)).argmax(dim=1).cpu()
+
+
+def _classify_stream(
+    model: nn.Module,
+    stream: Iterable[tuple[Tensor, Tensor]],
+    total: int,
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[Tensor, Tensor, float]:
+    """True and most probable class of each sample, (N,) int64 each, and the seconds that the network took."""
+    labels, predictions, seconds, done = [], [], 0.0, 0
+    for x, y in stream:
+        start = time.perf_counter()
+        predictions.append(_classify(model, x, device))
+        seconds += time.perf_counter() - start
+        labels.append(y)
+        done += len(y)
+        if progress is not None:
+            progress(done, total)
+    return torch.cat(labels), torch.cat(predictions), seconds
 
 
 def _confusion(y: Tensor, predicted: Tensor) -> tuple[tuple[int, ...], ...] | None:

@@ -82,6 +82,7 @@ def open_test_set(card: CheckpointCard, data_dir: Path | None = None, download: 
         known = ", ".join(f"{name} as {form}" for name, form in [*_BUILT_IN, *_FORMS])
         raise ValueError(f"{card.id} needs {key[0]} as {key[1]}, which cannot be evaluated here; there are: {known}")
     source = _ON_DISK[card.data.name]
+    data_dir = None if data_dir is None else data_dir.expanduser()
     place = None if data_dir is None else source.find(data_dir)
     if place is None and data_dir is not None and download and source.download is not None:
         source.download(data_dir)
