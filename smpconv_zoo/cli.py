@@ -27,8 +27,9 @@ from smpconv_zoo.checkpoints import convert_file
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
+from smpconv_zoo.evaluation.test_sets import eval_command, open_test_set
 from smpconv_zoo.importing import Imported, import_checkpoint
-from smpconv_zoo.pretrained.cards import CheckpointCard, list_checkpoints
+from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
 from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.signing import generate_keys, sign_checkpoint, signature_required
 from smpconv_zoo.pretrained.store import CheckpointError
@@ -60,6 +61,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples at a time.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; PyTorch's choice if not given.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read images or recordings ahead, if there are CPUs.")]
 
 
 def main() -> None:
@@ -186,16 +188,32 @@ def publish(
         typer.echo(line)
 
 
-@app.command("eval", epilog="Example: `smpconv-zoo eval 'smpconv_tcn_mnist.*' --json`")
+@app.command(
+    "eval",
+    epilog="Example: `smpconv-zoo eval 'smpconv_tcn_mnist.*' --json`, "
+    "or `smpconv-zoo eval smpconv_t.in1k --data-dir ~/imagenet --device cuda`",
+)
 def eval_(
     ids: Annotated[list[str], typer.Argument(help="Checkpoints; wildcards such as 'smpconv_tcn*' are taken.")],
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            envvar="SMPCONV_DATA",
+            help="Folder with the data of the authors' checkpoints; what is missing is said, with the place to get it.",
+        ),
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch MNIST or CIFAR-10 into the folder if it is not there.")
+    ] = False,
     batch_size: BatchSize = 100,
+    workers: Workers = 4,
     device: Device = "cpu",
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Measure the top-1 accuracy of checkpoints and compare it with their cards; status 1 if one differs."""
-    results = _evaluate(match_checkpoints(ids), batch_size, device, threads)
+    """Measure the top-1 accuracy of checkpoints beside the paper's and the card's; status 1 if the card's differs."""
+    results = _evaluate(match_checkpoints(ids), batch_size, device, threads, workers, data_dir, download)
     if as_json:
         _print_json([_plain(result) for result in results])
     else:
@@ -327,7 +345,10 @@ def _import_lines(done: Imported) -> Iterator[str]:
         yield "Another file than the one imported before, accepted as asked. From now on this one is the recorded one."
     if not done.changed:
         yield "This very file was imported before; nothing was done."
-    yield f"Whether these weights are as good as published: smpconv-zoo eval {done.id}"
+    card = checkpoint_card(done.id)
+    yield f"Whether these weights are as good as published: {eval_command(card)}"
+    if "PATH" in eval_command(card):
+        yield f"PATH: your folder of {card.data.name}; without it the command says what it needs and where to get it."
 
 
 def _publish_lines(done: Published) -> Iterator[str]:
@@ -346,13 +367,27 @@ def _publish_lines(done: Published) -> Iterator[str]:
         yield f"The card of {done.id} names this revision already: nothing was changed."
 
 
-def _evaluate(ids: Sequence[str], batch_size: int, device: str, threads: int | None) -> list[EvaluationResult]:
+def _evaluate(
+    ids: Sequence[str],
+    batch_size: int,
+    device: str,
+    threads: int | None,
+    workers: int = 0,
+    data_dir: Path | None = None,
+    download: bool = False,
+) -> list[EvaluationResult]:
     if threads is not None:
         torch.set_num_threads(threads)
+    # All data are opened before the first network is loaded: nothing is computed in vain.
+    opened = {name: open_test_set(card_in_use(name), data_dir, download) for name in ids}
     results = []
-    for name in ids:
+    for name, data in opened.items():
         with _progress(name) as progress:
-            results.append(evaluate_checkpoint(name, batch_size=batch_size, device=device, progress=progress))
+            results.append(
+                evaluate_checkpoint(
+                    name, data=data, batch_size=batch_size, workers=workers, device=device, progress=progress
+                )
+            )
     return results
 
 
@@ -375,6 +410,9 @@ def _exit_on_difference(results: Sequence[EvaluationResult]) -> None:
 
 def _print_results(results: Sequence[EvaluationResult]) -> None:
     _print_table(HEADER, [table_row(result) for result in results], numbers=range(2, len(HEADER)))
+    for result in results:
+        for note in result.notes:
+            typer.echo(f"{result.id}: {note}")
 
 
 def _checkpoint_row(card: CheckpointCard) -> tuple[str, ...]:

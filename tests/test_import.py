@@ -357,7 +357,12 @@ def test_the_command_says_what_was_trusted_and_how_to_check(host: ZooHost, tmp_p
     done = host("import", ID, "--file", str(published), SMPCONV_HOME=home)
     assert (done.code, done.err) == (0, "")
     converted = next(Path(home).rglob("*.safetensors"))
-    for part in ("Trusted on first use", sha256(published), sha256(converted), f"smpconv-zoo eval {ID}"):
+    for part in (
+        "Trusted on first use",
+        sha256(published),
+        sha256(converted),
+        f"smpconv-zoo eval {ID} --data-dir PATH",
+    ):
         assert part in done.out
     line = next(line for line in host("list", SMPCONV_HOME=home).out.splitlines() if line.startswith(f"{ID} "))
     assert "imported" in line

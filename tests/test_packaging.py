@@ -1,4 +1,4 @@
-"""What a user gets: the wheel and the repository as an archive, each alone in a folder of its own."""
+"""What a user gets: the wheel, the repository as an archive, and an editable install, each in a place of its own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
@@ -57,11 +59,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("build", reason="needs build to make a wheel")
+def new_setuptools() -> None:
     version = importlib.metadata.version("setuptools") if importlib.util.find_spec("setuptools") else "0"
     if int(version.split(".")[0]) < 77:
         pytest.skip(f"needs setuptools >= 77 for the licence fields of pyproject.toml, found {version}")
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, new_setuptools: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("build", reason="needs build to make a wheel")
     tree = tmp_path_factory.mktemp("tree") / "smpconv-zoo"
     shutil.copytree(source, tree)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tree / "dist"), str(tree)]
@@ -98,3 +104,40 @@ def test_the_wheel_works_alone(wheel: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_unpacked_repository_works_alone(source: Path) -> None:
     assert use(source) == f"{source.resolve()} {smpconv_zoo.__version__}"
+
+
+@pytest.mark.slow
+def test_an_editable_install_works_from_another_folder(source: Path, new_setuptools: None, tmp_path: Path) -> None:
+    """In an environment of its own that finds the packages of this one behind its own, as with system packages."""
+    tree = tmp_path / "clone"
+    shutil.copytree(source, tree)
+    venv.create(tmp_path / "venv", symlinks=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (site / "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    # An editable install of this repository that the outer environment may have is none of the new one's.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [python, "-m", "pip", "install", "--editable", tree, "--no-deps", "--no-build-isolation", "--no-index"]
+    options = ["--quiet", "--disable-pip-version-check", "--ignore-installed"]
+    done = subprocess.run(
+        [*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    script = (
+        "import pathlib, timm, smpconv_zoo;"
+        "timm.create_model('smpconv_tcn_mnist.smnist5k', pretrained=True);"
+        "print(pathlib.Path(smpconv_zoo.__file__).resolve().parent.parent)"
+    )
+    done = subprocess.run(
+        [python, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tree.resolve()}\n", "")
+    program = subprocess.run(
+        [python.with_name("smpconv-zoo"), "--version"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (program.returncode, program.stdout) == (0, f"smpconv-zoo {smpconv_zoo.__version__}\n")

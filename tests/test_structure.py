@@ -48,9 +48,9 @@ ORDER_WITHIN = {
         ("__init__",),
     ),
     "models": (("build",), ("image", "sequence"), ("__init__",)),
-    "data": (("mfcc", "protocol"), ("mnist5k",), ("__init__",)),
+    "data": (("mfcc", "protocol", "ts_files"), ("mnist5k", "speech_commands"), ("pictures",), ("__init__",)),
     "evaluation": (
-        ("complexity", "figures", "golden", "tables"),
+        ("complexity", "figures", "golden", "tables", "test_sets"),
         ("classification", "model_card"),
         ("report",),
         ("__init__",),

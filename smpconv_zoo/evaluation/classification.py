@@ -1,36 +1,39 @@
-"""Top-1 accuracy of a checkpoint on the test part of its own data, beside the figure that its card declares."""
+"""Top-1 accuracy of a checkpoint on the test part of its own data, beside the figures of its authors and its card."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from smpconv_zoo.checkpoints import create_model
-from smpconv_zoo.data.mnist5k import mnist5k_sequences
 from smpconv_zoo.environment import usable_device, versions
-from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult
+from smpconv_zoo.evaluation.test_sets import EvaluationData, batches, open_test_set
+from smpconv_zoo.models.build import sample_shape
+from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult, PaperResult
 from smpconv_zoo.pretrained.home import card_in_use
-from smpconv_zoo.pretrained.locate import load_weights
-from smpconv_zoo.pretrained.store import CheckpointError
 
-__all__ = ["TEST_SETS", "EvaluationResult", "evaluate_checkpoint", "load_pretrained", "predict", "top1"]
+__all__ = ["EvaluationResult", "evaluate_checkpoint", "load_pretrained", "predict", "top1"]
 
 Progress = Callable[[int, int], None]
+
+# With more classes than these a table of confusions tells nobody anything.
+MOST_CONFUSED_CLASSES = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationResult:
     """One evaluation. ``top1`` is in percent; ``seconds`` is the time of the forward passes alone.
 
-    ``confusion[t][p]`` counts the samples of class ``t`` that were taken for class ``p``. ``measured`` is what the card
-    declares, and ``agrees`` whether ``correct`` and ``total`` are exactly its integers; both None where it declares
-    nothing.
+    ``paper`` is what the authors publish, ``measured`` what the card declares that we measured; either may be None.
+    ``agrees`` says whether ``correct`` and ``total`` are exactly the integers of ``measured``, None where it declares
+    nothing. ``confusion[t][p]`` counts the samples of class ``t`` that were taken for class ``p``, None if there are
+    more than a hundred classes. ``notes`` are sentences without which the figures would be misread.
     """
 
     id: str
@@ -38,9 +41,11 @@ class EvaluationResult:
     total: int
     top1: float
     seconds: float
+    paper: PaperResult | None
     measured: MeasuredResult | None
     agrees: bool | None
-    confusion: tuple[tuple[int, ...], ...]
+    confusion: tuple[tuple[int, ...], ...] | None
+    notes: tuple[str, ...]
     device: str
     versions: dict[str, str]
 
@@ -48,7 +53,10 @@ class EvaluationResult:
 def evaluate_checkpoint(
     checkpoint_id: str,
     *,
+    data_dir: Path | None = None,
+    data: EvaluationData | None = None,
     batch_size: int = 100,
+    workers: int = 0,
     device: str = "cpu",
     limit: int | None = None,
     progress: Progress | None = None,
@@ -57,41 +65,56 @@ def evaluate_checkpoint(
 
     Args:
         checkpoint_id: ``network.tag``.
+        data_dir: Folder with the data, for those that do not come with a package.
+        data: The test part, if it has been opened already, see
+            :func:`~smpconv_zoo.evaluation.test_sets.open_test_set`.
         batch_size: Samples at a time.
+        workers: Processes that read samples ahead from the disk.
         device: Where to compute.
         limit: Only so many samples, spread evenly over the test part; the result is then not the card's figure.
         progress: Called after every batch with the samples done and in all.
 
     Raises:
         CardError: No such checkpoint.
-        CheckpointError: Its weights are not at hand, or not those of the card.
-        ValueError: A device that is not there, a non-positive size, or data of a kind that has no entry in TEST_SETS.
-        FileNotFoundError: The data are not installed; the message says how to get them.
+        FileNotFoundError: The data are not at hand; the message says how to get them.
+        CheckpointError: The weights are not at hand, or not those of the card.
+        ValueError: A device that is not there, a size out of range, or data that are not what they should be.
+        ImportError: A package that takes part is not installed.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     target = usable_device(device)
     card = card_in_use(checkpoint_id)
+    if data is None:
+        data = open_test_set(card, data_dir)
     model = load_pretrained(card).to(target)
-    x, y = _test_set(card)
-    if limit is not None and limit < len(x):
-        # The test part is sorted by class: its first samples would be all of one.
-        chosen = torch.linspace(0, len(x) - 1, limit).round().long()
-        x, y = x[chosen], y[chosen]
-    start = time.perf_counter()
-    predicted = predict(model, x, batch_size, target, progress)
-    seconds = time.perf_counter() - start
+    samples, notes = data.samples, data.notes
+    if limit is not None and limit < len(data):
+        # Test parts are sorted by class more often than not: the first samples would be all of one.
+        samples = Subset(samples, torch.linspace(0, len(data) - 1, limit).round().long().tolist())
+        notes = (*notes, f"only {limit:,} of {len(data):,} samples were taken")
+    total = min(len(data), limit or len(data))
+    # This first look also takes the statistics that a data set may need, once, before workers copy it.
+    found, expected = tuple(samples[0][0].shape), sample_shape(model)
+    if found != expected:
+        raise ValueError(f"{card.id} takes samples of shape {expected}, these are of shape {found}: other data")
+    stream = batches(samples, batch_size, workers if data.from_files else 0)
+    y, predicted, seconds = _classify_stream(model, stream, total, target, progress)
     correct = int((predicted == y).sum())
     measured = card.measured
+    if card.paper is not None:
+        notes = (f"the published figure is of this split: {card.data.split}", *notes)
     return EvaluationResult(
         id=card.id,
         correct=correct,
         total=len(y),
         top1=100 * correct / len(y),
         seconds=seconds,
+        paper=card.paper,
         measured=measured,
         agrees=None if measured is None else (correct, len(y)) == (measured.correct, measured.total),
         confusion=_confusion(y, predicted),
+        notes=notes,
         device=str(target),
         versions=versions(),
     )
@@ -114,7 +137,6 @@ def top1(
     return int((predict(model, x, batch_size, device, progress) == y).sum())
 
 
-@torch.inference_mode()
 def predict(
     model: nn.Module, x: Tensor, batch_size: int, device: str | torch.device, progress: Progress | None = None
 ) -> Tensor:
@@ -128,46 +150,40 @@ def predict(
     model.eval()
     predicted = []
     for start in range(0, len(x), batch_size):
-        predicted.append(model(x[start : start + batch_size].to(device)).argmax(dim=1).cpu())
+        predicted.append(_classify(model, x[start : start + batch_size], device))
         if progress is not None:
             progress(min(start + batch_size, len(x)), len(x))
     return torch.cat(predicted) if predicted else torch.empty(0, dtype=torch.int64)
 
 
-def _mnist5k_sequences(card: CheckpointCard) -> tuple[Tensor, Tensor]:
-    return mnist5k_sequences("test")
+@torch.inference_mode()
+def _classify(model: nn.Module, x: Tensor, device: str | torch.device) -> Tensor:
+    return model(x.to(device)).argmax(dim=1).cpu()
 
 
-def _mnist5k_permuted(card: CheckpointCard) -> tuple[Tensor, Tensor]:
-    return mnist5k_sequences("test", _permutation(card))
+def _classify_stream(
+    model: nn.Module,
+    stream: Iterable[tuple[Tensor, Tensor]],
+    total: int,
+    device: torch.device,
+    progress: Progress | None,
+) -> tuple[Tensor, Tensor, float]:
+    """True and most probable class of each sample, (N,) int64 each, and the seconds that the network took."""
+    labels, predictions, seconds, done = [], [], 0.0, 0
+    for x, y in stream:
+        start = time.perf_counter()
+        predictions.append(_classify(model, x, device))
+        seconds += time.perf_counter() - start
+        labels.append(y)
+        done += len(y)
+        if progress is not None:
+            progress(done, total)
+    return torch.cat(labels), torch.cat(predictions), seconds
 
 
-# (data set, form of the input) of a card -> its test part: x (N, ...) float32 as the network takes it, y (N,) int64.
-TEST_SETS: dict[tuple[str, str], Callable[[CheckpointCard], tuple[Tensor, Tensor]]] = {
-    ("mnist5k", "sequence"): _mnist5k_sequences,
-    ("mnist5k", "permuted sequence"): _mnist5k_permuted,
-}
-
-
-def _test_set(card: CheckpointCard) -> tuple[Tensor, Tensor]:
-    key = (card.data.name, card.data.input)
-    if key not in TEST_SETS:
-        known = ", ".join(f"{name} as {form}" for name, form in TEST_SETS)
-        raise ValueError(f"{card.id} needs {key[0]} as {key[1]}, which cannot be evaluated here; there are: {known}")
-    return TEST_SETS[key](card)
-
-
-def _permutation(card: CheckpointCard) -> list[int]:
-    """The pixel order that travels with the weights: without it they mean nothing."""
-    metadata = load_weights(card).metadata
-    try:
-        order: Any = json.loads(metadata["permutation"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{card.files[0].name} carries no list of pixels under 'permutation'") from error
-    return order
-
-
-def _confusion(y: Tensor, predicted: Tensor) -> tuple[tuple[int, ...], ...]:
+def _confusion(y: Tensor, predicted: Tensor) -> tuple[tuple[int, ...], ...] | None:
     classes = int(torch.cat([y, predicted]).max()) + 1
+    if classes > MOST_CONFUSED_CLASSES:
+        return None
     counts = torch.bincount(y * classes + predicted, minlength=classes**2).view(classes, classes)
     return tuple(tuple(row) for row in counts.tolist())

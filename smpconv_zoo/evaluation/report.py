@@ -11,14 +11,15 @@ from pathlib import Path
 from smpconv_zoo.evaluation.classification import EvaluationResult, load_pretrained
 from smpconv_zoo.evaluation.figures import confusion_figure, kernel_figure
 from smpconv_zoo.files import write_whole
-from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card
+from smpconv_zoo.pretrained.cards import MeasuredResult, checkpoint_card
 
 __all__ = ["HEADER", "table_row", "write_report"]
 
-HEADER = ("checkpoint", "data", "parameters", "paper top-1", "card top-1", "top-1 now", "seconds")
+HEADER = ("checkpoint", "data", "parameters", "top-1, paper", "top-1, card", "top-1, measured", "seconds")
 
 NOTE = (
-    "Top-1 accuracy in percent on the test part of the data named. The column of the paper is empty where the authors "
+    "Top-1 accuracy in percent on the test part of the data named: what the authors publish (paper), what the "
+    "checkpoint's card declares (card), and what this run measured. The column of the paper is empty where the authors "
     "publish no figure for that very data: results on 5,000 digits do not compare with published ones on 60,000."
 )
 
@@ -64,23 +65,23 @@ def table_row(result: EvaluationResult) -> tuple[str, ...]:
         result.id,
         f"{card.data.name}, {card.data.input}",
         f"{card.parameters:,}",
-        "-" if card.paper is None else f"{card.paper.top1:.2f}",
-        _card_top1(card),
-        f"{result.top1:.2f} ({result.correct} of {result.total})",
+        "-" if result.paper is None else f"{result.paper.top1:.2f}",
+        "-" if result.measured is None else _figure(result.measured),
+        _figure(result),
         f"{result.seconds:.1f}",
     )
 
 
-def _card_top1(card: CheckpointCard) -> str:
-    if card.measured is None:
-        return "-"
-    return f"{card.measured.top1:.2f} ({card.measured.correct} of {card.measured.total})"
+def _figure(result: EvaluationResult | MeasuredResult) -> str:
+    return f"{result.top1:.2f} ({result.correct} of {result.total})"
 
 
 def _pictures(result: EvaluationResult) -> dict[str, bytes]:
     kernels = kernel_figure(load_pretrained(checkpoint_card(result.id)), result.id)
     pictures = {} if kernels is None else {f"{result.id}.kernels.png": kernels}
-    return {**pictures, f"{result.id}.confusion.png": confusion_figure(result.confusion, result.id)}
+    if result.confusion is not None:
+        pictures[f"{result.id}.confusion.png"] = confusion_figure(result.confusion, result.id)
+    return pictures
 
 
 def _verdict(result: EvaluationResult) -> str:

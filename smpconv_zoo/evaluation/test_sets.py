@@ -1,0 +1,289 @@
+"""The test part of the data that a card names, sample by sample, as the network takes it.
+
+Two data sets are always at hand where the extra `data` is installed; the others lie in a folder of the user's. Nothing
+is downloaded unasked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from smpconv_zoo.data import pictures
+from smpconv_zoo.data.mnist5k import mnist5k_sequences
+from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
+from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest
+from smpconv_zoo.data.ts_files import read_ts
+from smpconv_zoo.pretrained.cards import CheckpointCard
+from smpconv_zoo.pretrained.locate import load_weights
+from smpconv_zoo.pretrained.store import CheckpointError
+
+__all__ = ["EvaluationData", "batches", "eval_command", "open_test_set"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationData:
+    """A test part: ``samples[i]`` is (x, y), x float32 as the network takes it, y the number of the class.
+
+    ``from_files`` says whether every sample is read from the disk when it is asked for, so that worker processes help.
+    ``notes`` are sentences without which a figure measured on these samples would be misread.
+    """
+
+    samples: Dataset[Any]
+    from_files: bool = False
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.samples)  # type: ignore[arg-type]
+
+
+@dataclasses.dataclass(frozen=True)
+class _OnDisk:
+    """A data set that the user has, or not: ``what`` it is, and ``how`` to get it and what PATH is then.
+
+    ``find`` gives the folder of it in or below the user's, None if it is not there. ``samples`` counts the test part
+    that the authors measured on.
+    """
+
+    what: str
+    how: str
+    samples: int
+    find: Callable[[Path], Path | None]
+    download: Callable[[Path], None] | None = None
+
+
+def open_test_set(card: CheckpointCard, data_dir: Path | None = None, download: bool = False) -> EvaluationData:
+    """The test part of a card's data. Files are looked for and their form is checked; no network is loaded.
+
+    Args:
+        card: Of any checkpoint of the package.
+        data_dir: The user's folder with the data; without it only built-in data are found.
+        download: Whether to fetch data that are not in ``data_dir``, where torchvision can.
+
+    Raises:
+        FileNotFoundError: The data are not there; the message says which are needed and how to get them.
+        ValueError: They are not what they should be, could not be fetched, or are of a kind that is not known here.
+        CheckpointError: The card's weights, which hold the order of its pixels, are not at hand.
+        ImportError: A package that takes part is not installed.
+    """
+    key = (card.data.name, card.data.input)
+    if key in _BUILT_IN:
+        return EvaluationData(_BUILT_IN[key](card))
+    if key not in _FORMS:
+        known = ", ".join(f"{name} as {form}" for name, form in [*_BUILT_IN, *_FORMS])
+        raise ValueError(f"{card.id} needs {key[0]} as {key[1]}, which cannot be evaluated here; there are: {known}")
+    source = _ON_DISK[card.data.name]
+    data_dir = None if data_dir is None else data_dir.expanduser()
+    place = None if data_dir is None else source.find(data_dir)
+    if place is None and data_dir is not None and download and source.download is not None:
+        source.download(data_dir)
+        place = source.find(data_dir)
+    if place is None:
+        raise FileNotFoundError(_what_is_needed(card, source, data_dir))
+    data = _FORMS[key](card, place)
+    if not len(data):
+        raise ValueError(f"{place} holds {source.what} without a single sample")
+    if len(data) != source.samples:
+        short = f"{place} gives {len(data):,} test samples, the authors have {source.samples:,}: not the same data"
+        data = dataclasses.replace(data, notes=(*data.notes, short))
+    return data
+
+
+def batches(data: Dataset[Any], batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The samples in order, in batches x (N, ...), y (N,) int64.
+
+    Args:
+        data: Samples (x, y).
+        batch_size: Samples at a time.
+        workers: Processes that read ahead, at most one for each CPU; with 0 it is this process that reads.
+
+    Raises:
+        ValueError: A size out of range, or a sample that cannot be read.
+    """
+    if batch_size < 1 or workers < 0:
+        raise ValueError(f"batch_size must be at least 1 and workers 0 or more, got {batch_size} and {workers}")
+    try:
+        yield from DataLoader(data, batch_size, num_workers=min(workers, _cpus()))
+    except ValueError as error:
+        # From a worker an error comes with its whole traceback as its text; what it says is in the last line.
+        last = str(error).strip().splitlines()[-1]
+        raise ValueError(last.removeprefix("ValueError: ")) from error
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def eval_command(card: CheckpointCard) -> str:
+    """The command that measures a checkpoint; PATH in it stands for the user's folder of the data."""
+    return f"smpconv-zoo eval {card.id}" + (" --data-dir PATH" if card.data.name in _ON_DISK else "")
+
+
+def _what_is_needed(card: CheckpointCard, source: _OnDisk, data_dir: Path | None) -> str:
+    where = "no folder was given (--data-dir or SMPCONV_DATA)" if data_dir is None else f"not found in {data_dir}"
+    return f"{card.id} is measured on {source.what}, {where}: {source.how.format(command=eval_command(card))}"
+
+
+# ------------------------------------------------------------------------------------ where data lie in a user's folder
+
+
+def _first(candidates: list[Path], there: Callable[[Path], bool]) -> Path | None:
+    return next((path for path in candidates if there(path)), None)
+
+
+def _find_imagenet(folder: Path) -> Path | None:
+    return _first([folder / "val", folder / "validation", folder], pictures.has_imagenet_classes)
+
+
+def _find_trajectories(folder: Path) -> Path | None:
+    name = "CharacterTrajectories"
+    below = [folder, folder / name, folder / "Multivariate_ts" / name]
+    return _first(below, lambda path: all((path / f"{name}_{part}.ts").is_file() for part in ("TRAIN", "TEST")))
+
+
+def _find_speech(folder: Path) -> Path | None:
+    names = ("speech_commands_v0.02", "SpeechCommands", "SpeechCommands/speech_commands_v0.02")
+    return _first([folder, *(folder / n for n in names)], lambda path: all((path / word).is_dir() for word in WORDS))
+
+
+_ON_DISK = {
+    "ImageNet-1k": _OnDisk(
+        what="the validation images of ImageNet-1k",
+        how="get them from https://image-net.org/download-images (ILSVRC 2012, registration needed), sort them into "
+        "one folder a class, named by its WordNet id (n01440764, ...), and run `{command}`, PATH being the folder that "
+        "holds these 1,000, or the one above it if it is called val or validation",
+        samples=50_000,
+        find=_find_imagenet,
+    ),
+    "MNIST": _OnDisk(
+        what="the test part of MNIST",
+        how="run `{command} --download`, by which torchvision fetches it into PATH, or without --download if PATH "
+        "holds MNIST/raw with the four files unpacked",
+        samples=10_000,
+        find=lambda folder: folder if pictures.has_mnist(folder) else None,
+        download=pictures.download_mnist,
+    ),
+    "CIFAR-10": _OnDisk(
+        what="the test part of CIFAR-10",
+        how="run `{command} --download`, by which torchvision fetches it into PATH, or without --download if PATH "
+        "holds the unpacked cifar-10-batches-py of https://www.cs.toronto.edu/~kriz/cifar.html",
+        samples=10_000,
+        find=lambda folder: folder if pictures.has_cifar10(folder) else None,
+        download=pictures.download_cifar10,
+    ),
+    "CharacterTrajectories": _OnDisk(
+        what="CharacterTrajectories, of which both files are merged and split anew",
+        how="unpack http://www.timeseriesclassification.com/aeon-toolkit/Archives/Multivariate2018_ts.zip and run "
+        "`{command}`, PATH being the folder with CharacterTrajectories_TRAIN.ts and CharacterTrajectories_TEST.ts, or "
+        "the one above it or above Multivariate_ts",
+        samples=429,
+        find=_find_trajectories,
+    ),
+    "Speech Commands, 10 words": _OnDisk(
+        what="ten words of Speech Commands v0.02",
+        how="unpack http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz into a folder and run "
+        "`{command}`, PATH being that folder",
+        samples=5_247,
+        find=_find_speech,
+    ),
+}
+
+
+# ---------------------------------------------------------------------------------- from a card and a folder to samples
+
+
+def _mnist5k(card: CheckpointCard) -> Dataset[Any]:
+    return TensorDataset(*mnist5k_sequences("test"))
+
+
+def _mnist5k_permuted(card: CheckpointCard) -> Dataset[Any]:
+    """In the order that travels with the weights: without it they mean nothing."""
+    metadata = load_weights(card).metadata
+    try:
+        order: Any = json.loads(metadata["permutation"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{card.files[0].name} carries no list of pixels under 'permutation'") from error
+    return TensorDataset(*mnist5k_sequences("test", order))
+
+
+def _imagenet(card: CheckpointCard, place: Path) -> EvaluationData:
+    cfg: Any = timm.get_pretrained_cfg(card.id)
+    transform = create_transform(**resolve_data_config(pretrained_cfg=cfg.to_dict()), is_training=False)
+    return EvaluationData(pictures.imagenet_validation(place, transform), from_files=True)
+
+
+def _mnist(card: CheckpointCard, place: Path) -> EvaluationData:
+    x, y = pictures.mnist_test(place)
+    return EvaluationData(TensorDataset(x.flatten(2), y))
+
+
+def _mnist_permuted(card: CheckpointCard, place: Path) -> EvaluationData:
+    x, y = pictures.mnist_test(place)
+    note = "the authors publish no order of the pixels: it is drawn as by their code from seed 0"
+    return EvaluationData(TensorDataset(permute_pixels(x, pixel_permutation()), y), notes=(note,))
+
+
+def _cifar10(card: CheckpointCard, place: Path) -> EvaluationData:
+    return EvaluationData(TensorDataset(*pictures.cifar10_test(place)))
+
+
+def _cifar10_sequence(card: CheckpointCard, place: Path) -> EvaluationData:
+    x, y = pictures.cifar10_test(place)
+    return EvaluationData(TensorDataset(x.flatten(2), y))
+
+
+def _trajectories(card: CheckpointCard, place: Path) -> EvaluationData:
+    (train, train_labels), (test, test_labels) = (
+        read_ts(place / f"CharacterTrajectories_{part}.ts") for part in ("TRAIN", "TEST")
+    )
+    try:
+        x, y = character_trajectories(train + test, train_labels + test_labels)["test"]
+    except ValueError as error:
+        raise ValueError(f"the series in {place} are not those of CharacterTrajectories: {error}") from error
+    note = (
+        "the authors took the archive of 2018; CharacterTrajectories.zip, handed out alone since November 2023, holds "
+        "other series"
+    )
+    return EvaluationData(TensorDataset(x, y), notes=(note,))
+
+
+_SPEECH_NOTE = (
+    "the split follows the sorted names of the files, the authors' followed the order in which their directory listed "
+    "them, which is not known: some of these clips were among those they trained on, so this figure is too high and "
+    "cannot equal theirs"
+)
+
+
+def _speech_mfcc(card: CheckpointCard, place: Path) -> EvaluationData:
+    return EvaluationData(SpeechCommandsTest(place, as_mfcc=True), from_files=True, notes=(_SPEECH_NOTE,))
+
+
+def _speech_raw(card: CheckpointCard, place: Path) -> EvaluationData:
+    return EvaluationData(SpeechCommandsTest(place, as_mfcc=False), from_files=True, notes=(_SPEECH_NOTE,))
+
+
+# (data set, form of the input) of a card -> its test part.
+_BUILT_IN: dict[tuple[str, str], Callable[[CheckpointCard], Dataset[Any]]] = {
+    ("mnist5k", "sequence"): _mnist5k,
+    ("mnist5k", "permuted sequence"): _mnist5k_permuted,
+}
+_FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path], EvaluationData]] = {
+    ("ImageNet-1k", "image 224 x 224"): _imagenet,
+    ("MNIST", "sequence"): _mnist,
+    ("MNIST", "permuted sequence"): _mnist_permuted,
+    ("CIFAR-10", "image 32 x 32"): _cifar10,
+    ("CIFAR-10", "sequence"): _cifar10_sequence,
+    ("CharacterTrajectories", "sequence of 182 steps"): _trajectories,
+    ("Speech Commands, 10 words", "161 frames of 20 MFCCs"): _speech_mfcc,
+    ("Speech Commands, 10 words", "waveform of 16,000 samples"): _speech_raw,
+}
