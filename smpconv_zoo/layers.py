@@ -14,10 +14,23 @@ from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel
+from smpconv_zoo.operators import recorded
 from smpconv_zoo.ops import causal_conv1d, conv2d, depthwise_conv2d, norm_sum, why_not_fused
 from smpconv_zoo.points import tap_grid, tap_spacing
 
-__all__ = ["CausalConv1d", "ConvNorm", "LargeSmallConv", "SMPConv1d", "SMPConv2d", "clip_radius_", "parameter_roles"]
+# Kernels of fewer taps are convolved whole on a GPU: to ask for the positions of their points would take longer.
+_MEASURED_TAPS_CUDA = 4096
+
+__all__ = [
+    "ActivatedPair",
+    "CausalConv1d",
+    "ConvNorm",
+    "LargeSmallConv",
+    "SMPConv1d",
+    "SMPConv2d",
+    "clip_radius_",
+    "parameter_roles",
+]
 
 
 class _PointKernel(nn.Module):
@@ -240,10 +253,42 @@ class SMPConv1d(_PointKernel):
             dtype=dtype,
         )
         self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
+        self.promised_reach: int | None = None
         self.reset_parameters()
 
+    @torch.jit.ignore
+    def reach(self) -> int:
+        """How many of the newest taps hold everything: no point touches an older one. Waits for the GPU, if on one."""
+        with torch.no_grad():
+            oldest = (self.coords[..., 0] - self.radius).min()
+            taps = self.kernel_size[0]
+            # One tap more: whether the tap at the very edge is touched is for the rendering to decide.
+            first = int(torch.searchsorted(self.grid[0].contiguous(), oldest)) - 1
+        return taps - min(max(first, 0), taps - 1)
+
+    @torch.jit.ignore
+    def recent_kernel(self, length: int) -> Tensor:
+        """The newest taps of the rendered kernel: those that a sequence of ``length`` samples can feel."""
+        taps = min(length, self.kernel_size[0])
+        if self.promised_reach is not None:
+            taps = min(taps, self.promised_reach)
+        elif taps > 1 and self._may_measure():
+            taps = min(taps, self.reach())
+        grid = self.grid[:, self.kernel_size[0] - taps :]
+        return render_kernel(self.coords, self.radius, self.weight, grid, self.normalization)
+
+    def _may_measure(self) -> bool:
+        """Whether a look at the positions is possible, and worth it: on a GPU it costs as much as a small convolution."""
+        if recorded((self.coords, self.grid)):
+            return False
+        if self.coords.is_cuda:
+            return self.kernel_size[0] >= _MEASURED_TAPS_CUDA and not torch.cuda.is_current_stream_capturing()
+        return self.coords.device.type == "cpu"
+
     def forward(self, x: Tensor) -> Tensor:
-        return causal_conv1d(x, self.kernel(), self.bias)
+        if torch.jit.is_scripting():
+            return causal_conv1d(x, self.kernel(), self.bias)
+        return causal_conv1d(x, self.recent_kernel(x.size(-1)), self.bias)
 
 
 @register_notrace_module
@@ -277,13 +322,25 @@ class ConvNorm(nn.Module):
         return self.norm(self.conv(x))
 
 
-@register_notrace_module
 class LargeSmallConv(nn.Module):
-    """A continuous kernel and a small ordinary one side by side, each with its norm, summed, and what follows the sum.
+    """A continuous kernel and a small ordinary one side by side, each with its norm, summed."""
+
+    def __init__(self, large: ConvNorm, small: ConvNorm) -> None:
+        super().__init__()
+        self.large = large
+        self.small = small
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.large(x) + self.small(x)
+
+
+@register_notrace_module
+class ActivatedPair(nn.Module):
+    """A :class:`LargeSmallConv` and what follows it in a block, as few operators as can be.
 
     Args:
-        large: The continuous one.
-        small: The ordinary one.
+        large: The continuous kernel and its norm.
+        small: The ordinary one and its norm.
         relu: Whether the sum goes through a ReLU.
         drop_rate: Dropout after that.
 
@@ -291,7 +348,7 @@ class LargeSmallConv(nn.Module):
     the result goes through a ReLU.
     """
 
-    def __init__(self, large: ConvNorm, small: ConvNorm, relu: bool = False, drop_rate: float = 0.0) -> None:
+    def __init__(self, large: ConvNorm, small: ConvNorm, relu: bool, drop_rate: float = 0.0) -> None:
         super().__init__()
         self.large = large
         self.small = small
@@ -318,11 +375,27 @@ class LargeSmallConv(nn.Module):
         """The same with the tail in one operator, or None where that cannot run."""
         if not x.is_cuda or any(m._forward_hooks or m._forward_pre_hooks for m in (self.large, self.small)):
             return None
-        a, b = self.large.conv(x), self.small.conv(x)
+        a, b = self.large.conv(x), _convolve(self.small.conv, x)
         if why_not_fused(a, b, self.large.norm, self.small.norm) is not None:
             return self._plain(self.large.norm(a) + self.small.norm(b), residual)
         drop_rate = self.drop.p if self.drop.training else 0.0
         return norm_sum(a, b, self.large.norm, self.small.norm, self.relu, drop_rate, residual)
+
+
+def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """``conv(x)``; a plain centred ``nn.Conv2d`` through the dispatcher, which knows faster ones."""
+    if (
+        type(conv) is nn.Conv2d
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.groups == 1
+        and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
+        and conv.kernel_size[0] % 2 == conv.kernel_size[1] % 2 == 1
+        and conv.padding_mode == "zeros"
+        and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks)
+    ):
+        return conv2d(x, conv.weight, conv.bias)
+    y: Tensor = conv(x)
+    return y
 
 
 def clip_radius_(model: nn.Module) -> None:

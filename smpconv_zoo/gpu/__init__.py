@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 
-__all__ = ["why_no_triton"]
+__all__ = ["cdiv", "next_power_of_2", "why_no_triton"]
 
 
 @functools.cache
@@ -17,3 +17,13 @@ def why_no_triton() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; it comes with PyTorch's CUDA wheels for Linux: pip install triton"
     return None
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own helper is callable from kernels too, and slow to call from Python for that."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n``, for positive ``n``."""
+    return 1 << (n - 1).bit_length()

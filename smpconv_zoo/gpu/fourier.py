@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from smpconv_zoo.gpu import cdiv, next_power_of_2
+
 __all__ = ["contract", "fold", "unfold"]
 
 
@@ -149,7 +151,7 @@ def fold(x: Tensor, sizes: tuple[int, int], flip: bool = False) -> Tensor:
     nh, nw = sizes
     z = torch.empty(rows, columns, nh, nw, dtype=torch.complex64, device=x.device)
     block = 1024
-    _fold_kernel[(triton.cdiv(z.numel(), block),)](
+    _fold_kernel[(cdiv(z.numel(), block),)](
         x, torch.view_as_real(z), z.numel(), x.stride(1), x.stride(2), x.stride(3),
         H=height, W=width, NH=nh, NW=nw, FLIP=flip, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -174,7 +176,7 @@ def unfold(
     rows, columns, nh, nw = z.shape
     y = torch.empty(rows, columns, *size, dtype=dtype, device=z.device)
     block = 1024
-    _unfold_kernel[(triton.cdiv(y.numel(), block),)](
+    _unfold_kernel[(cdiv(y.numel(), block),)](
         torch.view_as_real(z), y, y if bias is None else bias, y.numel(), columns, *start, 1.0 / (nh * nw),
         H=size[0], W=size[1], NH=nh, NW=nw, BIAS=bias is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -188,7 +190,6 @@ def contract(
     sum_b: int,
     conjugate_a: bool = False,
     conjugate_b: bool = False,
-    blocks: tuple[int, int, int, int] = (8, 8, 64, 2),
 ) -> Tensor:
     """``c[r, s, f] = sum_k a[r, k, f] b[s, k, f]`` at every frequency f, for contiguous complex64 tensors of rank 3 up.
 
@@ -209,8 +210,8 @@ def contract(
     c = torch.empty(n_a, n_b, *frequencies, dtype=torch.complex64, device=a.device)
     strides_a = (a.shape[1] * n_f, n_f)
     strides_b = (b.shape[1] * n_f, n_f)
-    block_a, block_b, block_f, warps = blocks
-    grid = (triton.cdiv(n_a, block_a) * triton.cdiv(n_b, block_b), triton.cdiv(n_f, block_f))
+    block_a, block_b, block_f, warps = (8, 8, 32, 1) if n_f > 512 else (4, 16, 32, 2)
+    grid = (cdiv(n_a, block_a) * cdiv(n_b, block_b), cdiv(n_f, block_f))
     _contract_kernel[grid](
         a.view(torch.int64), b.view(torch.int64), c.view(torch.int64), n_a, n_b, n_c, n_f,
         strides_a[1 - sum_a], strides_a[sum_a], strides_b[1 - sum_b], strides_b[sum_b], n_b * n_f, n_f,

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from smpconv_zoo.gpu import cdiv, next_power_of_2
+
 __all__ = ["norm_sum", "norm_sum_backward", "track"]
 
 
@@ -268,7 +270,7 @@ def track(saved: Tensor, running: tuple[Tensor, ...], count: int, momentum: tupl
     channels = saved.shape[1]
     unbiased = count / max(count - 1, 1)
     _track_kernel[(1,)](
-        saved, *running, channels, unbiased, *momentum, BLOCK=triton.next_power_of_2(channels), num_warps=1
+        saved, *running, channels, unbiased, *momentum, BLOCK=next_power_of_2(channels), num_warps=1
     )
 
 
@@ -326,9 +328,9 @@ def _shape(a: Tensor) -> tuple[int, int, int]:
 
 def _schedule(n: int, channels: int, size: int) -> tuple[int, int, int]:
     """Programs that share the sums of a channel, programs that share its places, and places at a time."""
-    block = min(1024, max(128, triton.next_power_of_2(size)))
-    items = n * triton.cdiv(size, block)
+    block = min(1024, max(128, next_power_of_2(size)))
+    items = n * cdiv(size, block)
     # Some 2,000 programs fill a large GPU; the sums stay few enough for every program to add them up again.
     wanted = max(1, min(items, 2048 // channels))
-    split = triton.next_power_of_2(wanted + 1) // 2
+    split = next_power_of_2(wanted + 1) // 2
     return split, min(items, 4 * split), block

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from smpconv_zoo.gpu import cdiv, next_power_of_2
+
 __all__ = ["render", "render_backward"]
 
 
@@ -174,9 +176,9 @@ def render(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, count: 
     """float32 points -> kernels; shapes as in :func:`smpconv_zoo.kernels.render_kernel`, all contiguous."""
     sets, rows, points, taps, dims = _sizes(coords, weight, grid)
     kernel = torch.empty(*weight.shape[:2], *grid.shape[1:], dtype=torch.float32, device=weight.device)
-    block_r = min(64, max(16, triton.next_power_of_2(rows)))
+    block_r = min(64, max(16, next_power_of_2(rows)))
     block_t = 64
-    _render_kernel[(triton.cdiv(taps, block_t), sets * triton.cdiv(rows, block_r))](
+    _render_kernel[(cdiv(taps, block_t), sets * cdiv(rows, block_r))](
         coords, radius, weight, grid, kernel, rows, points, taps,
         D=dims, COUNT=count, SINGLE=points <= 32, BLOCK_R=block_r, BLOCK_P=32, BLOCK_T=block_t, num_warps=4,
     )  # fmt: skip
@@ -189,7 +191,7 @@ def render_backward(
     """Gradients to ``coords``, ``radius`` and ``weight`` from ``grad`` of the kernel's shape, contiguous."""
     sets, rows, points, taps, dims = _sizes(coords, weight, grid)
     grad_coords, grad_radius, grad_weight = torch.empty_like(coords), torch.empty_like(radius), torch.zeros_like(weight)
-    block_r = min(64, max(16, triton.next_power_of_2(rows)))
+    block_r = min(64, max(16, next_power_of_2(rows)))
     _render_backward_kernel[(points, sets)](
         grad, coords, radius, weight, grid, grad_coords, grad_radius, grad_weight, rows, points, taps,
         D=dims, COUNT=count, BLOCK_R=block_r, BLOCK_P=32, BLOCK_T=16, SCAN=1024, num_warps=2,

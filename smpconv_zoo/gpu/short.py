@@ -1,4 +1,4 @@
-"""Dense causal convolutions of a few taps: forward, and gradients to input and weight.
+"""Dense convolutions of a few taps, causal on sequences and centred on maps: forward, and gradients to input and weight.
 
 Small matrix products on tensor cores. Every float32 is the sum of two TF32 numbers, and three products of those give its
 accuracy back; the splitting is done here, since it is most of the work. The gradient to the weight is added up in two
@@ -12,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MAX_TAPS", "short_convolve", "short_convolve_input", "short_convolve_weight"]
+from smpconv_zoo.gpu import cdiv, next_power_of_2
 
-MAX_TAPS = 5
+__all__ = ["short_convolve", "short_convolve_input", "short_convolve_weight"]
+
+# Taps whose gradient is computed four outputs at a time.
+MAX_SIDE_BY_SIDE = 5
 
 
 @triton.jit
@@ -34,30 +37,83 @@ def _dot(a, b, total):
 
 
 @triton.jit
+def _shifted(x, i, h, w, I, H, W, in_range):
+    """x[i, h, w] of one sample, (channels, places), zero off the map."""
+    inside = in_range & (h >= 0) & (h < H) & (w >= 0) & (w < W)
+    return tl.load(x + i[:, None] * (H * W) + (h * W + w)[None, :], mask=(i < I)[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
 def _apply_kernel(
-    x, weight, y, other, I, O, L, w_o, w_i, w_k, first, step, TAPS,
-    OTHER: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr,
+    x, weight, y, I, O, H, W, w_o, w_i, first_h, first_w, STEP: tl.constexpr, TAPS: tl.constexpr, TAPS_W: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """y[n, o, t] = sum_k sum_i weight[o, i, k] x[n, i, t + first + step k] + other[n, o, t]"""
+    """y[n, o, h, w] = sum_k sum_i weight[o, i, k] x[n, i, h + first_h + STEP kh, w + first_w + STEP kw]"""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.program_id(1).to(tl.int64)
     i = tl.arange(0, BLOCK_I)
     o = tl.arange(0, BLOCK_O)
-    total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-    rows = x + n * I * L + i[:, None] * L
+    in_range = t < H * W
+    h = t // W + first_h
+    w = t % W + first_w
+    x += n * I * H * W
     at_weight = weight + o[:, None] * w_o + i[None, :] * w_i
     in_weight = (o < O)[:, None] & (i < I)[None, :]
-    s = t + first
-    for _ in range(TAPS):
-        values = tl.load(rows + s[None, :], mask=(i < I)[:, None] & ((s >= 0) & (s < L))[None, :], other=0.0)
-        total = _dot(tl.load(at_weight, mask=in_weight, other=0.0), values, total)
-        at_weight += w_k
-        s += step
-    at = n * O * L + o[:, None] * L + t[None, :]
-    keep = (o < O)[:, None] & (t < L)[None, :]
-    if OTHER:
-        total += tl.load(other + at, mask=keep, other=0.0)
-    tl.store(y + at, total, mask=keep)
+    total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
+    values = _shifted(x, i, h, w, I, H, W, in_range)
+    factors = tl.load(at_weight, mask=in_weight, other=0.0)
+    for k in range(1, TAPS + 1):
+        # The next tap's operands are under way while this one's are multiplied.
+        more = k < TAPS
+        next_values = _shifted(x, i, h + k // TAPS_W * STEP, w + k % TAPS_W * STEP, I, H, W, in_range & more)
+        next_factors = tl.load(at_weight + k, mask=in_weight & more, other=0.0)
+        total = _dot(factors, values, total)
+        values = next_values
+        factors = next_factors
+    at = n * O * H * W + o[:, None] * (H * W) + t[None, :]
+    tl.store(y + at, total, mask=(o < O)[:, None] & in_range[None, :])
+
+
+@triton.jit
+def _tap_weight_kernel(
+    grad, x, partial, N, I, O, H, W, first_h, first_w, SPLIT: tl.constexpr, TAPS_W: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """partial[split, k, o, i] = sum over a share of (n, h, w) of grad[n, o, h, w] x[n, i, h + first_h + kh, ...]"""
+    split = tl.program_id(0)
+    k = tl.program_id(1)
+    i = tl.arange(0, BLOCK_I)
+    o = tl.arange(0, BLOCK_O)
+    total = tl.zeros([BLOCK_O, BLOCK_I], tl.float32)
+    blocks = tl.cdiv(H * W, BLOCK_T)
+    for item in range(split, N * blocks, SPLIT):
+        n = (item // blocks).to(tl.int64)
+        t = item % blocks * BLOCK_T + tl.arange(0, BLOCK_T)
+        h = t // W + first_h + k // TAPS_W
+        w = t % W + first_w + k % TAPS_W
+        g = tl.load(
+            grad + n * O * H * W + o[:, None] * (H * W) + t[None, :],
+            mask=(o < O)[:, None] & (t < H * W)[None, :],
+            other=0.0,
+        )
+        values = _shifted(x + n * I * H * W, i, h, w, I, H, W, t < H * W)
+        total = _dot(g, tl.trans(values), total)
+    at = ((split * tl.num_programs(1) + k) * BLOCK_O + o)[:, None] * BLOCK_I + i[None, :]
+    tl.store(partial + at, total)
+
+
+@triton.jit
+def _tap_weight_sum_kernel(
+    partial, grad_weight, I, O, SPLIT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    o = tl.program_id(0)
+    k = tl.program_id(1)
+    taps = tl.num_programs(1)
+    i = tl.arange(0, BLOCK_I)
+    split = tl.arange(0, BLOCK_S)
+    at = ((split[:, None] * taps + k) * BLOCK_O + o) * BLOCK_I + i[None, :]
+    total = tl.load(partial + at, mask=(split < SPLIT)[:, None], other=0.0)
+    tl.store(grad_weight + (o * I + i) * taps + k, tl.sum(total, axis=0), mask=i < I)
 
 
 @triton.jit
@@ -97,68 +153,95 @@ def _weight_sum_kernel(
     o = tl.program_id(0)
     k = tl.program_id(1)
     i = tl.arange(0, BLOCK_I)
+    split = tl.arange(0, BLOCK_S)
     total = tl.zeros([BLOCK_S, BLOCK_I], tl.float32)
-    for start in range(0, SPLIT, BLOCK_S):
-        split = start + tl.arange(0, BLOCK_S)
-        for s in tl.static_range(4):
-            # The last tap meets the current sample: output 4 q + s, input 4 q + s.
-            r = 4 + s + k - (TAPS - 1)
-            at = (split[:, None] * (4 * BLOCK_O) + 4 * o + s) * (8 * BLOCK_I) + 8 * i[None, :] + r
-            total += tl.load(partial + at, mask=(split < SPLIT)[:, None], other=0.0)
+    for s in tl.static_range(4):
+        # The last tap meets the current sample: output 4 q + s, input 4 q + s.
+        r = 4 + s + k - (TAPS - 1)
+        at = (split[:, None] * (4 * BLOCK_O) + 4 * o + s) * (8 * BLOCK_I) + 8 * i[None, :] + r
+        total += tl.load(partial + at, mask=(split < SPLIT)[:, None], other=0.0)
     tl.store(grad_weight + (o * I + i) * TAPS + k, tl.sum(total, axis=0), mask=i < I)
 
 
 def short_convolve(x: Tensor, weight: Tensor) -> Tensor:
-    """float32 ``(N, I, L)`` with ``weight`` ``(O, I, taps)`` -> ``(N, O, L)``; the last tap meets the current sample."""
-    out_channels, _, taps = weight.shape
-    return _apply(x, weight, (0, 1), out_channels, 1 - taps, 1, None)
+    """Convolve with few taps, stride 1, output as large as the input.
+
+    Args:
+        x: float32 ``(N, I, L)`` or ``(N, I, H, W)``, contiguous.
+        weight: ``(O, I, taps)``, whose last tap meets the current sample, or ``(O, I, Kh, Kw)``, odd and centred.
+
+    Returns:
+        ``(N, O, L)`` or ``(N, O, H, W)``.
+    """
+    first_h, first_w = _first(weight)
+    return _apply(x, weight.contiguous(), weight.shape[0], (0, 1), first_h, first_w, 1)
 
 
-def short_convolve_input(grad: Tensor, weight: Tensor, other: Tensor | None = None) -> Tensor:
-    """Gradient to the input, ``(N, O, L)`` -> ``(N, I, L)``, plus ``other`` of that shape."""
-    _, in_channels, taps = weight.shape
-    return _apply(grad, weight, (1, 0), in_channels, taps - 1, -1, other)
+def short_convolve_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """Gradient to the input, of the shape of ``x``, from ``grad`` of the shape of the output."""
+    first_h, first_w = _first(weight)
+    return _apply(grad, weight.contiguous(), weight.shape[1], (1, 0), -first_h, -first_w, -1)
 
 
-def short_convolve_weight(grad: Tensor, x: Tensor, taps: int) -> Tensor:
-    """Gradient to the weight, ``(O, I, taps)`` with at most :data:`MAX_TAPS`, from ``grad`` (N, O, L), ``x`` (N, I, L)."""
-    n, in_channels, length = x.shape
+def short_convolve_weight(grad: Tensor, x: Tensor, taps: tuple[int, ...]) -> Tensor:
+    """Gradient to the weight, ``(O, I, *taps)``, from ``grad`` and ``x``."""
+    n, in_channels = x.shape[:2]
     out_channels = grad.shape[1]
-    block_i, block_o, block_q, block_m = _block(in_channels), _block(out_channels), 32, 64
-    split = max(1, min(96, n * triton.cdiv(length, 4 * block_q)))
-    partial = torch.empty(split, 4 * block_o, 8 * block_i, dtype=torch.float32, device=x.device)
+    height, width = _map(x)
+    grad_weight = torch.empty(out_channels, in_channels, *taps, dtype=torch.float32, device=x.device)
+    block_i, block_o = _block(in_channels), _block(out_channels)
+    if len(taps) == 1 and taps[0] <= MAX_SIDE_BY_SIDE:
+        block_q, block_m = 16, 32
+        split = max(1, min(96, n * cdiv(width, 4 * block_q)))
+        sizes = {"SPLIT": split, "BLOCK_I": block_i, "BLOCK_O": block_o}
+        partial = torch.empty(split, 4 * block_o, 8 * block_i, dtype=torch.float32, device=x.device)
+        _weight_kernel[(split, 4 * block_o // block_m)](
+            grad, x, partial, n, in_channels, out_channels, width,
+            **sizes, BLOCK_M=block_m, BLOCK_Q=block_q, num_warps=4 if block_i <= 32 else 8, num_stages=1,
+        )  # fmt: skip
+        _weight_sum_kernel[(out_channels, taps[0])](
+            partial, grad_weight, in_channels, taps[0], **sizes, BLOCK_S=next_power_of_2(split), num_warps=4
+        )
+        return grad_weight
+    number = taps[0] * taps[-1] if len(taps) == 2 else taps[0]
+    block_t = 64
+    split = max(1, min(64, n * cdiv(height * width, block_t)))
     sizes = {"SPLIT": split, "BLOCK_I": block_i, "BLOCK_O": block_o}
-    _weight_kernel[(split, 4 * block_o // block_m)](
-        grad, x, partial, n, in_channels, out_channels, length,
-        **sizes, BLOCK_M=block_m, BLOCK_Q=block_q, num_warps=4 if block_i <= 32 else 8,
+    partial = torch.empty(split, number, block_o, block_i, dtype=torch.float32, device=x.device)
+    first_h, first_w = _first(grad_weight)
+    _tap_weight_kernel[(split, number)](
+        grad, x, partial, n, in_channels, out_channels, height, width, first_h, first_w,
+        **sizes, TAPS_W=taps[-1], BLOCK_T=block_t, num_warps=4, num_stages=1,
     )  # fmt: skip
-    grad_weight = torch.empty(out_channels, in_channels, taps, dtype=torch.float32, device=x.device)
-    _weight_sum_kernel[(out_channels, taps)](
-        partial, grad_weight, in_channels, taps, **sizes, BLOCK_S=32, num_warps=4
-    )  # fmt: skip
+    _tap_weight_sum_kernel[(out_channels, number)](
+        partial, grad_weight, in_channels, out_channels, **sizes, BLOCK_S=next_power_of_2(split), num_warps=4
+    )
     return grad_weight
 
 
 def _apply(
-    x: Tensor,
-    weight: Tensor,
-    axes: tuple[int, int],
-    out_channels: int,
-    first: int,
-    step: int,
-    other: Tensor | None,
+    x: Tensor, weight: Tensor, out_channels: int, axes: tuple[int, int], first_h: int, first_w: int, step: int
 ) -> Tensor:
-    n, in_channels, length = x.shape
-    y = torch.empty(n, out_channels, length, dtype=torch.float32, device=x.device)
-    block_t = 128 if length > 128 else 64
-    _apply_kernel[(triton.cdiv(length, block_t), n)](
-        x, weight, y, y if other is None else other, in_channels, out_channels, length,
-        weight.stride(axes[0]), weight.stride(axes[1]), weight.stride(2), first, step, weight.shape[2],
-        OTHER=other is not None, BLOCK_I=_block(in_channels), BLOCK_O=_block(out_channels), BLOCK_T=block_t,
-        num_warps=4, num_stages=2,
+    n, in_channels = x.shape[:2]
+    height, width = _map(x)
+    y = torch.empty(n, out_channels, *x.shape[2:], dtype=torch.float32, device=x.device)
+    block_t = 64
+    _apply_kernel[(cdiv(height * width, block_t), n)](
+        x, weight, y, in_channels, out_channels, height, width, weight.stride(axes[0]), weight.stride(axes[1]),
+        first_h, first_w, STEP=step, TAPS=weight.shape[2:].numel(), TAPS_W=weight.shape[-1],
+        BLOCK_I=_block(in_channels), BLOCK_O=_block(out_channels), BLOCK_T=block_t, num_warps=4, num_stages=1,
     )  # fmt: skip
     return y
 
 
+def _map(x: Tensor) -> tuple[int, int]:
+    return (1, x.shape[2]) if x.dim() == 3 else (x.shape[2], x.shape[3])
+
+
+def _first(weight: Tensor) -> tuple[int, int]:
+    """Where the first tap lies, seen from the output."""
+    return (0, 1 - weight.shape[2]) if weight.dim() == 3 else (-(weight.shape[2] // 2), -(weight.shape[3] // 2))
+
+
 def _block(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, next_power_of_2(channels))

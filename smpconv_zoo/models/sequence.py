@@ -22,7 +22,7 @@ from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from smpconv_zoo.layers import CausalConv1d, ConvNorm, LargeSmallConv, SMPConv1d, SMPConv2d, parameter_roles
+from smpconv_zoo.layers import ActivatedPair, CausalConv1d, ConvNorm, SMPConv1d, SMPConv2d, parameter_roles
 from smpconv_zoo.models.build import (
     IMAGE_POOLS,
     PAPER,
@@ -113,7 +113,7 @@ class TCNBlock(nn.Module):
     ) -> None:
         super().__init__()
 
-        def pair(channels: int) -> LargeSmallConv:
+        def pair(channels: int) -> ActivatedPair:
             large = SMPConv1d(
                 channels,
                 dim,
@@ -126,7 +126,7 @@ class TCNBlock(nn.Module):
             )
             small = CausalConv1d(channels, dim, small_kernel_size, bias=False, **dd)
             trunc_normal_(small.weight, std=0.02)
-            return LargeSmallConv(
+            return ActivatedPair(
                 ConvNorm(large, nn.BatchNorm1d(dim, **dd)),
                 ConvNorm(small, nn.BatchNorm1d(dim, **dd)),
                 relu=True,
@@ -190,7 +190,7 @@ def _image_pair(
     relu: bool = False,
     drop_rate: float = 0.0,
     **dd: Any,
-) -> LargeSmallConv:
+) -> ActivatedPair:
     large = SMPConv2d(
         in_dim,
         dim,
@@ -207,7 +207,7 @@ def _image_pair(
     trunc_normal_(small.weight, std=0.02)
     if small.bias is not None:
         nn.init.zeros_(small.bias)
-    return LargeSmallConv(
+    return ActivatedPair(
         ConvNorm(large, nn.BatchNorm2d(dim, **dd)), ConvNorm(small, nn.BatchNorm2d(dim, **dd)), relu, drop_rate
     )
 

@@ -103,7 +103,10 @@ def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Ten
         raise ValueError(f"weight is for {weight.size(1)} input channels, x has {x.size(1)}")
     x, weight, bias = _autocast(x, weight, bias)
     weight = _reachable_same(weight, x.shape[2:])
-    if _choose(x, weight, backend, depthwise=False) == "fft":
+    chosen = _choose(x, weight, backend, depthwise=False)
+    if chosen == "short":
+        return _add_bias(short_convolve(x, weight), bias)
+    if chosen == "fft":
         return _add_bias(fft_convolve(x, weight, _centre(weight)), bias)
     return conv2d_reference(x, weight, bias)
 
@@ -175,11 +178,13 @@ def can_run_fft(x: Tensor, weight: Tensor) -> str | None:
 
 def _choose(x: Tensor, weight: Tensor, backend: str, depthwise: bool) -> str:
     if backend == "auto":
-        if can_run_short(x, weight) is None:
+        if not depthwise and can_run_short(x, weight) is None:
             return "short"
         return "fft" if can_run_fft(x, weight) is None and _fft_pays(x, weight, depthwise) else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose 'auto' or one of {BACKENDS}")
+    if depthwise and backend == "short":
+        raise ValueError("backend 'short' cannot run: the kernel for few taps is for dense convolutions")
     reason = _can_run()[backend](x, weight)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")

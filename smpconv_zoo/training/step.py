@@ -1,19 +1,22 @@
 """One optimizer step of a classifier: forward, backward, Adam, radii clipped; on a GPU as one CUDA graph.
 
 Launching the small kernels of a sequence network one by one takes longer than running them; a captured step is launched
-whole.
+whole. Its transforms have the length that the points needed when it was captured, and some to spare; should a point move
+out of that, the step is captured again before it is taken again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from smpconv_zoo.layers import clip_radius_
+from smpconv_zoo.layers import SMPConv1d, clip_radius_
 
 __all__ = ["TrainingStep"]
 
@@ -52,6 +55,8 @@ class TrainingStep:
         self.y = torch.zeros(shape[0], dtype=torch.int64, device=device)
         self.loss = torch.zeros((), device=device)
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.captures = 0
+        self.room = _Room(model, device) if self.graphed else None
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate; each group multiplies it by its ``lr_scale``."""
@@ -69,7 +74,8 @@ class TrainingStep:
         if not self.graphed:
             self._run()
         else:
-            if self.graph is None:
+            assert self.room is not None
+            if self.graph is None or self.room.outgrown():
                 self._capture()
             assert self.graph is not None
             self.graph.replay()
@@ -86,17 +92,70 @@ class TrainingStep:
 
     def _capture(self) -> None:
         """Warm up on a side stream, then record; weights and optimizer state are put back as they were."""
+        assert self.room is not None
+        self.graph = None
         weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        moments = [
+            (value, value.clone()) for state in self.optimizer.state.values() for value in state.values()
+        ]
+        graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
+        with self.room.promised():
+            with torch.cuda.stream(stream):
+                for _ in range(3):
+                    self._run()
+                    self.room.look()
+            torch.cuda.current_stream().wait_stream(stream)
+            with torch.cuda.graph(graph):
                 self._run()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._run()
+                self.room.look()
+        torch.cuda.current_stream().synchronize()
+        self.room.seen.fill_(False)
+        self.graph = graph
+        self.captures += 1
         self.model.load_state_dict(weights)
-        for state in self.optimizer.state.values():
-            for value in state.values():
-                value.zero_()
+        if moments:
+            for value, before in moments:
+                value.copy_(before)
+        else:
+            for state in self.optimizer.state.values():
+                for value in state.values():
+                    value.zero_()
+
+
+class _Room:
+    """How far back the kernels of a captured step reach, and whether the points have stayed within that."""
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, SMPConv1d)]
+        self.limits = [torch.full_like(layer.radius, -math.inf) for layer in self.layers]
+        self.flag = torch.zeros((), dtype=torch.bool, device=device)
+        self.seen = torch.zeros((), dtype=torch.bool, pin_memory=True)
+
+    @contextlib.contextmanager
+    def promised(self) -> Iterator[None]:
+        """Let the layers count on a reach, with room to move, while they are recorded."""
+        for layer, limit in zip(self.layers, self.limits, strict=True):
+            taps = layer.kernel_size[0]
+            layer.promised_reach = min(taps, layer.reach() * 9 // 8 + 16)
+            oldest = -math.inf if layer.promised_reach == taps else float(layer.grid[0, taps - layer.promised_reach])
+            limit.fill_(oldest)
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.promised_reach = None
+
+    def look(self) -> None:
+        """Record the question that :meth:`outgrown` answers."""
+        if self.layers:
+            oldest = torch.cat([layer.coords.detach().flatten() for layer in self.layers])
+            oldest = oldest - torch.cat([layer.radius.detach().flatten() for layer in self.layers])
+            torch.any(oldest < torch.cat([limit.flatten() for limit in self.limits]), out=self.flag)
+        self.seen.copy_(self.flag, non_blocking=True)
+
+    def outgrown(self) -> bool:
+        """Whether the last step moved a point out of the room; waits for that step."""
+        torch.cuda.current_stream().synchronize()
+        return bool(self.seen)
