@@ -28,25 +28,22 @@ __all__ = ["contract", "fold", "unfold"]
 
 @triton.jit
 def _fold_kernel(
-    x, z, total, stride_row, stride_h, stride_w,
-    H: tl.constexpr, W: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr, FLIP: tl.constexpr, BLOCK: tl.constexpr,
+    x, z, stride_row, stride_h, stride_w, H, W, NH, NW, FLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < total
-    t = (index % NW).to(tl.int32)
-    h = (index // NW % NH).to(tl.int32)
-    base = x + index // (NW * NH) * stride_row
-    row = inside & (h < H)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    inside = index < NH * NW
+    t = index % NW
+    h = index // NW
     far = t + NW
+    in_row = inside & (h < H)
     hh = H - 1 - h if FLIP else h
     near_w = W - 1 - t if FLIP else t
     far_w = W - 1 - far if FLIP else far
-    a = tl.load(base + hh * stride_h + near_w * stride_w, mask=row & (t < W), other=0.0).to(tl.float32)
-    if NW < W:
-        b = tl.load(base + hh * stride_h + far_w * stride_w, mask=row & (far < W), other=0.0).to(tl.float32)
-    else:
-        b = tl.zeros_like(a)
-    angle = t.to(tl.float32) * (3.141592653589793 / (2 * NW))
+    base = x + row * stride_row + hh * stride_h
+    a = tl.load(base + near_w * stride_w, mask=in_row & (t < W), other=0.0).to(tl.float32)
+    b = tl.load(base + far_w * stride_w, mask=in_row & (far < W), other=0.0).to(tl.float32)
+    angle = t.to(tl.float32) * (1.5707963267948966 / NW)
     c = tl.cos(angle)
     s = tl.sin(angle)
     # (a - i b) (c - i s)
@@ -54,36 +51,33 @@ def _fold_kernel(
     imag = -(a * s + b * c)
     place = tl.arange(0, 2)
     both = tl.where((place == 0)[None, :], real[:, None], imag[:, None])
-    tl.store(z + 2 * index[:, None] + place[None, :], both, mask=inside[:, None])
+    tl.store(z + 2 * (row * NH * NW + index[:, None]) + place[None, :], both, mask=inside[:, None])
 
 
 @triton.jit
 def _unfold_kernel(
-    z, y, bias, total, channels, start_h, start_w, scale,
-    H: tl.constexpr, W: tl.constexpr, NH: tl.constexpr, NW: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    z, y, start_h, start_w, scale, H, W, NH, NW, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < total
-    w = (index % W).to(tl.int32) + start_w
-    h = (index // W % H).to(tl.int32) + start_h
-    row = index // (W * H)
+    index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64)
+    inside = index < H * W
+    w = index % W + start_w
+    h = index // W + start_h
     h = tl.where(h < 0, h + NH, h)
     # Before the first place lies the last one, with the opposite sign.
-    sign = tl.where(w < 0, -1.0, 1.0)
+    sign = tl.where(w < 0, -scale, scale)
     w = tl.where(w < 0, w + 2 * NW, w)
     far = w >= NW
     t = tl.where(far, w - NW, w)
-    at = z + 2 * ((row * NH + h) * NW + t)
+    at = z + 2 * (row * NH * NW + h * NW + t)
     real = tl.load(at, mask=inside, other=0.0)
     imag = tl.load(at + 1, mask=inside, other=0.0)
-    angle = t.to(tl.float32) * (3.141592653589793 / (2 * NW))
+    angle = t.to(tl.float32) * (1.5707963267948966 / NW)
     c = tl.cos(angle)
     s = tl.sin(angle)
     # v = (real + i imag) (c + i s) = y[t] - i y[t + n]
-    value = tl.where(far, -(real * s + imag * c), real * c - imag * s) * sign * scale
-    if BIAS:
-        value += tl.load(bias + (row % channels), mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + index, value.to(y.dtype.element_ty), mask=inside)
+    value = tl.where(far, -(real * s + imag * c), real * c - imag * s) * sign
+    tl.store(y + row * H * W + index, value.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -150,17 +144,15 @@ def fold(x: Tensor, sizes: tuple[int, int], flip: bool = False) -> Tensor:
         x = x.contiguous()
     nh, nw = sizes
     z = torch.empty(rows, columns, nh, nw, dtype=torch.complex64, device=x.device)
-    block = 1024
-    _fold_kernel[(cdiv(z.numel(), block),)](
-        x, torch.view_as_real(z), z.numel(), x.stride(1), x.stride(2), x.stride(3),
-        H=height, W=width, NH=nh, NW=nw, FLIP=flip, BLOCK=block, num_warps=4,
+    block = 256 if nh * nw <= 2048 else 1024
+    _fold_kernel[(rows * columns, cdiv(nh * nw, block))](
+        x, torch.view_as_real(z), x.stride(1), x.stride(2), x.stride(3), height, width, nh, nw,
+        FLIP=flip, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return z
 
 
-def unfold(
-    z: Tensor, start: tuple[int, int], size: tuple[int, int], dtype: torch.dtype, bias: Tensor | None = None
-) -> Tensor:
+def unfold(z: Tensor, start: tuple[int, int], size: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """Inverse of :func:`fold` after an unscaled inverse FFT: complex64 ``(rows, columns, NH, NW)`` -> real.
 
     Args:
@@ -168,17 +160,15 @@ def unfold(
         start: First place wanted along both axes; negative ones are those before the first.
         size: ``(H, W)`` places wanted.
         dtype: Type of the result.
-        bias: ``(columns,)`` to add.
 
     Returns:
         ``(rows, columns, H, W)``.
     """
     rows, columns, nh, nw = z.shape
     y = torch.empty(rows, columns, *size, dtype=dtype, device=z.device)
-    block = 1024
-    _unfold_kernel[(cdiv(y.numel(), block),)](
-        torch.view_as_real(z), y, y if bias is None else bias, y.numel(), columns, *start, 1.0 / (nh * nw),
-        H=size[0], W=size[1], NH=nh, NW=nw, BIAS=bias is not None, BLOCK=block, num_warps=4,
+    block = 256 if size[0] * size[1] <= 2048 else 1024
+    _unfold_kernel[(rows * columns, cdiv(size[0] * size[1], block))](
+        torch.view_as_real(z), y, *start, 1.0 / (nh * nw), *size, nh, nw, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return y
 
