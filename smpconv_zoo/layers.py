@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel
 from smpconv_zoo.operators import recorded
-from smpconv_zoo.ops import causal_conv1d, conv2d, depthwise_conv2d, norm_sum, why_not_fused
+from smpconv_zoo.ops import (
+    can_run_pair,
+    causal_conv1d,
+    conv2d,
+    convolve_pair,
+    depthwise_conv2d,
+    norm_sum,
+    reachable_same,
+    why_not_fused,
+)
 from smpconv_zoo.points import tap_grid, tap_spacing
 
 # Kernels of fewer taps are convolved whole on a GPU: to ask for the positions of their points would take longer.
@@ -188,6 +197,11 @@ class SMPConv2d(_PointKernel):
         self.bias = nn.Parameter(torch.zeros(out_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
+    @torch.jit.ignore
+    def kernel_for(self, x: Tensor) -> Tensor:
+        """The rendered kernel without the taps that only ever see padding beside a map as small as that of ``x``."""
+        return reachable_same(self.kernel(), x.shape[2:])
+
     def forward(self, x: Tensor) -> Tensor:
         kernel = self.kernel()
         if not self.depthwise:
@@ -267,9 +281,9 @@ class SMPConv1d(_PointKernel):
         return taps - min(max(first, 0), taps - 1)
 
     @torch.jit.ignore
-    def recent_kernel(self, length: int) -> Tensor:
-        """The newest taps of the rendered kernel: those that a sequence of ``length`` samples can feel."""
-        taps = min(length, self.kernel_size[0])
+    def kernel_for(self, x: Tensor) -> Tensor:
+        """The newest taps of the rendered kernel: as many as points reach and ``x`` (N, in, L) can feel."""
+        taps = min(x.size(-1), self.kernel_size[0])
         if self.promised_reach is not None:
             taps = min(taps, self.promised_reach)
         elif taps > 1 and self._may_measure():
@@ -288,7 +302,7 @@ class SMPConv1d(_PointKernel):
     def forward(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
             return causal_conv1d(x, self.kernel(), self.bias)
-        return causal_conv1d(x, self.recent_kernel(x.size(-1)), self.bias)
+        return causal_conv1d(x, self.kernel_for(x), self.bias)
 
 
 @register_notrace_module
@@ -371,31 +385,53 @@ class ActivatedPair(nn.Module):
         return y
 
     @torch.jit.unused
+    def _convolve_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        large, small = self.large.conv, self.small.conv
+        if not isinstance(large, SMPConv1d | SMPConv2d) or not _unheard(large) or not _is_plain(small):
+            return large(x), small(x)
+        kernel = large.kernel_for(x)
+        if can_run_pair(x, kernel, small.weight):
+            a, b = convolve_pair(x, kernel, small.weight)
+            return _add_bias(a, large.bias), _add_bias(b, small.bias)
+        convolve = causal_conv1d if x.dim() == 3 else conv2d
+        return convolve(x, kernel, large.bias), convolve(x, small.weight, small.bias)
+
+    @torch.jit.unused
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """The same with the tail in one operator, or None where that cannot run."""
         if not x.is_cuda or any(m._forward_hooks or m._forward_pre_hooks for m in (self.large, self.small)):
             return None
-        a, b = self.large.conv(x), _convolve(self.small.conv, x)
+        a, b = self._convolve_both(x)
         if why_not_fused(a, b, self.large.norm, self.small.norm) is not None:
             return self._plain(self.large.norm(a) + self.small.norm(b), residual)
         drop_rate = self.drop.p if self.drop.training else 0.0
         return norm_sum(a, b, self.large.norm, self.small.norm, self.relu, drop_rate, residual)
 
 
-def _convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """``conv(x)``; a plain centred ``nn.Conv2d`` through the dispatcher, which knows faster ones."""
-    if (
+def _unheard(module: nn.Module) -> bool:
+    """Whether nobody listens to a module, so that its work may be done elsewhere."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _is_plain(conv: nn.Module) -> bool:
+    """Whether a convolution is one that the dispatcher knows: stride 1, output as large as the input."""
+    if type(conv) is CausalConv1d:
+        return _unheard(conv)
+    return (
         type(conv) is nn.Conv2d
         and conv.stride == conv.dilation == (1, 1)
         and conv.groups == 1
-        and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
         and conv.kernel_size[0] % 2 == conv.kernel_size[1] % 2 == 1
+        and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
         and conv.padding_mode == "zeros"
-        and not (conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks)
-    ):
-        return conv2d(x, conv.weight, conv.bias)
-    y: Tensor = conv(x)
-    return y
+        and _unheard(conv)
+    )
+
+
+def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
 
 
 def clip_radius_(model: nn.Module) -> None:

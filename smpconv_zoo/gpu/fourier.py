@@ -92,7 +92,7 @@ def _split(pair):
 def _contract_kernel(
     a, b, c, n_a, n_b, n_c, n_f, a_row, a_sum, b_row, b_sum, c_a, c_b,
     CONJUGATE_A: tl.constexpr, CONJUGATE_B: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_F: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     # Programs next to each other share frequencies: what they read stays in the second-level cache.
     blocks_b = tl.cdiv(n_b, BLOCK_B)
@@ -105,25 +105,22 @@ def _contract_kernel(
     at_b = b + tl.minimum(index_b, n_b - 1).to(tl.int64)[None, :, None] * b_row + f[None, None, :]
     real = tl.zeros([BLOCK_A, BLOCK_B, BLOCK_F], tl.float32)
     imag = tl.zeros([BLOCK_A, BLOCK_B, BLOCK_F], tl.float32)
-    a_pair = tl.load(at_a, mask=in_f[None, None, :], other=0)
-    b_pair = tl.load(at_b, mask=in_f[None, None, :], other=0)
-    for k in range(n_c):
-        a_real, a_imag = _split(a_pair)
-        b_real, b_imag = _split(b_pair)
-        # The next operands are under way while these are multiplied.
-        at_a += a_sum
-        at_b += b_sum
-        more = in_f & (k + 1 < n_c)
-        a_pair = tl.load(at_a, mask=more[None, None, :], other=0)
-        b_pair = tl.load(at_b, mask=more[None, None, :], other=0)
-        if CONJUGATE_A:
-            a_imag = -a_imag
-        if CONJUGATE_B:
-            b_imag = -b_imag
-        real += a_real * b_real
-        real -= a_imag * b_imag
-        imag += a_real * b_imag
-        imag += a_imag * b_real
+    for k in range(0, n_c, UNROLL):
+        # The loads of a few steps are under way at once: there are too few threads to hide their latency otherwise.
+        for u in tl.static_range(UNROLL):
+            more = in_f & (k + u < n_c)
+            a_real, a_imag = _split(tl.load(at_a + u * a_sum, mask=more[None, None, :], other=0))
+            b_real, b_imag = _split(tl.load(at_b + u * b_sum, mask=more[None, None, :], other=0))
+            if CONJUGATE_A:
+                a_imag = -a_imag
+            if CONJUGATE_B:
+                b_imag = -b_imag
+            real += a_real * b_real
+            real -= a_imag * b_imag
+            imag += a_real * b_imag
+            imag += a_imag * b_real
+        at_a += UNROLL * a_sum
+        at_b += UNROLL * b_sum
     low = real.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     pair = (imag.to(tl.int32, bitcast=True).to(tl.int64) << 32) | low
     at_c = c + index_a.to(tl.int64)[:, None, None] * c_a + index_b.to(tl.int64)[None, :, None] * c_b + f[None, None, :]
@@ -200,12 +197,13 @@ def contract(
     c = torch.empty(n_a, n_b, *frequencies, dtype=torch.complex64, device=a.device)
     strides_a = (a.shape[1] * n_f, n_f)
     strides_b = (b.shape[1] * n_f, n_f)
-    block_a, block_b, block_f, warps = (8, 8, 32, 1) if n_f > 512 else (4, 16, 32, 2)
+    # Few frequencies make few threads: smaller tiles, and more loads under way in each.
+    block_a, block_b, block_f, warps, unroll = (4, 4, 32, 1, 5) if n_f <= 4096 else (8, 8, 32, 1, 2)
     grid = (cdiv(n_a, block_a) * cdiv(n_b, block_b), cdiv(n_f, block_f))
     _contract_kernel[grid](
         a.view(torch.int64), b.view(torch.int64), c.view(torch.int64), n_a, n_b, n_c, n_f,
         strides_a[1 - sum_a], strides_a[sum_a], strides_b[1 - sum_b], strides_b[sum_b], n_b * n_f, n_f,
         CONJUGATE_A=conjugate_a, CONJUGATE_B=conjugate_b,
-        BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_F=block_f, num_warps=warps,
+        BLOCK_A=block_a, BLOCK_B=block_b, BLOCK_F=block_f, UNROLL=unroll, num_warps=warps,
     )  # fmt: skip
     return c

@@ -60,16 +60,9 @@ def _apply_kernel(
     at_weight = weight + o[:, None] * w_o + i[None, :] * w_i
     in_weight = (o < O)[:, None] & (i < I)[None, :]
     total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
-    values = _shifted(x, i, h, w, I, H, W, in_range)
-    factors = tl.load(at_weight, mask=in_weight, other=0.0)
-    for k in range(1, TAPS + 1):
-        # The next tap's operands are under way while this one's are multiplied.
-        more = k < TAPS
-        next_values = _shifted(x, i, h + k // TAPS_W * STEP, w + k % TAPS_W * STEP, I, H, W, in_range & more)
-        next_factors = tl.load(at_weight + k, mask=in_weight & more, other=0.0)
-        total = _dot(factors, values, total)
-        values = next_values
-        factors = next_factors
+    for k in range(TAPS):
+        values = _shifted(x, i, h + k // TAPS_W * STEP, w + k % TAPS_W * STEP, I, H, W, in_range)
+        total = _dot(tl.load(at_weight + k, mask=in_weight, other=0.0), values, total)
     at = n * O * H * W + o[:, None] * (H * W) + t[None, :]
     tl.store(y + at, total, mask=(o < O)[:, None] & in_range[None, :])
 
@@ -121,7 +114,7 @@ def _weight_kernel(
     grad, x, partial, N, I, O, L,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, 4 o + s, 8 i + r] = sum over a share of (n, q) of grad[n, o, 4 q + s] x[n, i, 4 q + r - 4]
+    """partial[split, 4 o + s, r, i] = sum over a share of (n, q) of grad[n, o, 4 q + s] x[n, i, 4 q + r - 4]
 
     Four outputs side by side see eight inputs: the diagonals r - s of this product are the taps. It multiplies more than
     it must, but with every number it loads and splits it does so two hundred times.
@@ -141,8 +134,9 @@ def _weight_kernel(
         t = first[:, None] - 4 + (c % 8)[None, :]
         values = tl.load(x + n * I * L + i[None, :] * L + t, mask=(i < I)[None, :] & (t >= 0) & (t < L), other=0.0)
         total = _dot(g, values, total)
-    at = (split * 4 * BLOCK_O + m)[:, None] * (8 * BLOCK_I) + c[None, :]
-    tl.store(partial + at, total)
+    # Channels last, so that the sum over the shares reads whole lines.
+    total = tl.reshape(tl.permute(tl.reshape(total, [BLOCK_M, BLOCK_I, 8]), [0, 2, 1]), [BLOCK_M, 8 * BLOCK_I])
+    tl.store(partial + (split * 4 * BLOCK_O + m)[:, None] * (8 * BLOCK_I) + c[None, :], total)
 
 
 @triton.jit
@@ -158,7 +152,7 @@ def _weight_sum_kernel(
     for s in tl.static_range(4):
         # The last tap meets the current sample: output 4 q + s, input 4 q + s.
         r = 4 + s + k - (TAPS - 1)
-        at = (split[:, None] * (4 * BLOCK_O) + 4 * o + s) * (8 * BLOCK_I) + 8 * i[None, :] + r
+        at = (split[:, None] * (4 * BLOCK_O) + 4 * o + s) * (8 * BLOCK_I) + r * BLOCK_I + i[None, :]
         total += tl.load(partial + at, mask=(split < SPLIT)[:, None], other=0.0)
     tl.store(grad_weight + (o * I + i) * TAPS + k, tl.sum(total, axis=0), mask=i < I)
 
@@ -225,7 +219,7 @@ def _apply(
     n, in_channels = x.shape[:2]
     height, width = _map(x)
     y = torch.empty(n, out_channels, *x.shape[2:], dtype=torch.float32, device=x.device)
-    block_t = 64
+    block_t = 128
     _apply_kernel[(cdiv(height * width, block_t), n)](
         x, weight, y, in_channels, out_channels, height, width, weight.stride(axes[0]), weight.stride(axes[1]),
         first_h, first_w, STEP=step, TAPS=weight.shape[2:].numel(), TAPS_W=weight.shape[-1],

@@ -1,18 +1,22 @@
 """The only doors to convolution. Slow twins in :mod:`.reference`, the choice of backend in :mod:`.dispatch`."""
 
-from smpconv_zoo.ops.dispatch import BACKENDS, causal_conv1d, conv2d, depthwise_conv2d, why_not
+from smpconv_zoo.ops.dispatch import BACKENDS, causal_conv1d, conv2d, depthwise_conv2d, reachable_same, why_not
 from smpconv_zoo.ops.norm import norm_sum, why_not_fused
+from smpconv_zoo.ops.pair import can_run_pair, convolve_pair
 from smpconv_zoo.ops.reference import causal_conv1d_reference, conv2d_reference, depthwise_conv2d_reference
 
 __all__ = [
     "BACKENDS",
+    "can_run_pair",
     "causal_conv1d",
     "causal_conv1d_reference",
     "conv2d",
     "conv2d_reference",
+    "convolve_pair",
     "depthwise_conv2d",
     "depthwise_conv2d_reference",
     "norm_sum",
+    "reachable_same",
     "why_not",
     "why_not_fused",
 ]

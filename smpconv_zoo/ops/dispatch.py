@@ -17,7 +17,7 @@ from smpconv_zoo.ops.fft import can_fold, fft_convolve, good_fft_size
 from smpconv_zoo.ops.reference import causal_conv1d_reference, conv2d_reference, depthwise_conv2d_reference
 from smpconv_zoo.ops.short import can_run_short, short_convolve
 
-__all__ = ["BACKENDS", "can_run_fft", "causal_conv1d", "conv2d", "depthwise_conv2d", "why_not"]
+__all__ = ["BACKENDS", "can_run_fft", "causal_conv1d", "conv2d", "depthwise_conv2d", "reachable_same", "why_not"]
 
 BACKENDS = ("fft", "short", "reference")
 
@@ -33,7 +33,7 @@ _POINT_COST_DENSE = {"cpu": 25, "cuda": 100}
 _FOLDED_TAPS = 16
 # From so many taps on `auto` stays away from the direct gradient of a dense 2-D kernel on CPU, whatever the cost: with
 # oneDNN for AVX-512 (PyTorch 2.14.1) the float32 gradient of 31 x 3 taps on a 16 x 16 map, 19 x 5 on 10 x 10, and
-# others whose height is 2 H - 1 and width much less, writes outside its memory. `_reachable_same` cuts taller kernels
+# others whose height is 2 H - 1 and width much less, writes outside its memory. `reachable_same` cuts taller kernels
 # to just that height.
 _CPU_DENSE_TAPS_TRAINING = 19
 
@@ -68,7 +68,7 @@ def _depthwise_conv2d(x: Tensor, weight: Tensor, backend: str) -> Tensor:
             f"a depthwise kernel for {x.size(1)} channels has shape ({x.size(1)}, 1, Kh, Kw), got {tuple(weight.shape)}"
         )
     x, weight, _ = _autocast(x, weight, None)
-    weight = _reachable_same(weight, x.shape[2:])
+    weight = reachable_same(weight, x.shape[2:])
     if _choose(x, weight, backend, depthwise=True) == "fft":
         return fft_convolve(x, weight, _centre(weight))
     return depthwise_conv2d_reference(x, weight)
@@ -102,7 +102,7 @@ def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Ten
     if weight.size(1) != x.size(1):
         raise ValueError(f"weight is for {weight.size(1)} input channels, x has {x.size(1)}")
     x, weight, bias = _autocast(x, weight, bias)
-    weight = _reachable_same(weight, x.shape[2:])
+    weight = reachable_same(weight, x.shape[2:])
     chosen = _choose(x, weight, backend, depthwise=False)
     if chosen == "short":
         return _add_bias(short_convolve(x, weight), bias)
@@ -240,7 +240,7 @@ def _autocast_one(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
 
-def _reachable_same(weight: Tensor, size: Sequence[int]) -> Tensor:
+def reachable_same(weight: Tensor, size: Sequence[int]) -> Tensor:
     """Cut off the taps of a centred kernel that lie further out than the map is large: they only ever see padding."""
     for dim in (2, 3):
         excess = weight.size(dim) // 2 - (size[dim - 2] - 1)

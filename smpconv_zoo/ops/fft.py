@@ -30,7 +30,7 @@ from torch import Tensor
 from smpconv_zoo.gpu import why_no_triton
 from smpconv_zoo.operators import operator, recorded
 
-__all__ = ["can_fold", "fft_convolve", "good_fft_size"]
+__all__ = ["Folded", "can_fold", "fft_convolve", "good_fft_size", "keeps_spectra"]
 
 # Spectra of more bytes than this are computed again in the backward pass rather than kept for it, layer by layer.
 _KEPT_BYTES = 64 * 2**20
@@ -58,7 +58,7 @@ def _folded_sizes(size: Sequence[int], taps: Sequence[int], future: Sequence[int
 
 def can_fold(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`fft_convolve` folds: dense kernels on an NVIDIA GPU, not in double precision."""
-    return _Folded.can_run(x, _is_depthwise(x.shape[1], weight.shape))
+    return Folded.can_run(x, _is_depthwise(x.shape[1], weight.shape))
 
 
 def fft_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
@@ -75,7 +75,13 @@ def fft_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
     """
     places = list(future)
     y: Tensor
-    if _keeps_spectra(x, weight, places):
+    if (
+        torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad)
+        and can_fold(x, weight)
+        and not recorded((x, weight))
+        and keeps_spectra(x, weight, Folded(x.shape[2:], weight.shape[2:], places))
+    ):
         y = _ConvolveKeepingSpectra.apply(x, weight, places)
     else:
         y = _convolve(x, weight, places)
@@ -126,7 +132,7 @@ def _by_frequency(spectrum: Tensor, transpose: bool = False) -> Tensor:
     return spectrum.resolve_conj().flatten(2).permute(order).contiguous()
 
 
-class _Folded:
+class Folded:
     """A dense convolution on an NVIDIA GPU by folded transforms: its spectra, and its map and both adjoints of them."""
 
     def __init__(self, size: Sequence[int], taps: Sequence[int], future: Sequence[int]) -> None:
@@ -179,8 +185,8 @@ def _two(values: Sequence[int], outer: int) -> tuple[int, int]:
 
 def _convolve_now(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
     size, taps = x.shape[2:], weight.shape[2:]
-    if _Folded.can_run(x, _is_depthwise(x.shape[1], weight.shape)):
-        folded = _Folded(size, taps, future)
+    if Folded.can_run(x, _is_depthwise(x.shape[1], weight.shape)):
+        folded = Folded(size, taps, future)
         return folded.output(folded.spectrum(x), folded.spectrum(weight, flip=True), x)
     sizes = _sizes(size, taps, future)
     spectrum = _multiply(
@@ -198,8 +204,8 @@ def _convolve_input_now(grad: Tensor, weight: Tensor, future: Sequence[int], dep
     ``depthwise`` is told, not seen: a dense kernel for one input channel has the shape of a depthwise one here.
     """
     size, taps = grad.shape[2:], weight.shape[2:]
-    if _Folded.can_run(grad, depthwise):
-        folded = _Folded(size, taps, future)
+    if Folded.can_run(grad, depthwise):
+        folded = Folded(size, taps, future)
         return folded.input_gradient(folded.spectrum(grad), folded.spectrum(weight, flip=True), grad)
     past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
     sizes = _sizes(size, taps, past)
@@ -215,8 +221,8 @@ def _convolve_input_now(grad: Tensor, weight: Tensor, future: Sequence[int], dep
 def _convolve_weight_now(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool) -> Tensor:
     """Adjoint of the convolution in the kernel: ``grad`` (N, O, *size), ``x`` (N, I, *size) -> (O, I or 1, *taps)."""
     size = x.shape[2:]
-    if _Folded.can_run(x, depthwise):
-        folded = _Folded(size, taps, future)
+    if Folded.can_run(x, depthwise):
+        folded = Folded(size, taps, future)
         return folded.weight_gradient(folded.spectrum(grad), folded.spectrum(x), x)
     sizes = _sizes(size, taps, future)
     # Conjugated in memory: code compiled by AOTAutograd can call this with lazy conjugation switched off.
@@ -236,12 +242,12 @@ def _convolve_both_now(
 ) -> tuple[Tensor, Tensor]:
     """Both adjoints at once: on a GPU they share the spectrum of ``grad``."""
     taps = weight.shape[2:]
-    if not _Folded.can_run(x, depthwise):
+    if not Folded.can_run(x, depthwise):
         return (
             _convolve_input(grad, weight, future, depthwise),
             _convolve_weight(grad, x, list(taps), future, depthwise),
         )
-    folded = _Folded(x.shape[2:], taps, future)
+    folded = Folded(x.shape[2:], taps, future)
     spectrum = folded.spectrum(grad)
     return (
         folded.input_gradient(spectrum, folded.spectrum(weight, flip=True), grad),
@@ -348,7 +354,7 @@ class _ConvolveKeepingSpectra(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, future: list[int]) -> Tensor:
-        folded = _Folded(x.shape[2:], weight.shape[2:], future)
+        folded = Folded(x.shape[2:], weight.shape[2:], future)
         spectrum_x, spectrum_weight = folded.spectrum(x), folded.spectrum(weight, flip=True)
         ctx.future, ctx.folded = future, folded
         ctx.save_for_backward(x, weight, spectrum_x, spectrum_weight)
@@ -372,10 +378,7 @@ class _ConvolveKeepingSpectra(torch.autograd.Function):
         )
 
 
-def _keeps_spectra(x: Tensor, weight: Tensor, future: list[int]) -> bool:
-    if recorded((x, weight)) or not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-        return False
-    if not can_fold(x, weight):
-        return False
-    points = math.prod(_folded_sizes(x.shape[2:], weight.shape[2:], future))
-    return 8 * points * (x.shape[0] * x.shape[1] + weight.shape[0] * weight.shape[1]) <= _KEPT_BYTES
+def keeps_spectra(x: Tensor, weight: Tensor, folded: Folded) -> bool:
+    """Whether the spectra of a training step are few enough bytes to be kept for its backward pass."""
+    rows = x.shape[0] * x.shape[1] + weight.shape[0] * weight.shape[1]
+    return 8 * math.prod(folded.points) * rows <= _KEPT_BYTES
