@@ -51,18 +51,20 @@ def _apply_kernel(
     """y[n, o, h, w] = sum_k sum_i weight[o, i, k] x[n, i, h + first_h + STEP kh, w + first_w + STEP kw]"""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tl.program_id(1).to(tl.int64)
-    i = tl.arange(0, BLOCK_I)
     o = tl.arange(0, BLOCK_O)
     in_range = t < H * W
     h = t // W + first_h
     w = t % W + first_w
     x += n * I * H * W
-    at_weight = weight + o[:, None] * w_o + i[None, :] * w_i
-    in_weight = (o < O)[:, None] & (i < I)[None, :]
     total = tl.zeros([BLOCK_O, BLOCK_T], tl.float32)
     for k in range(TAPS):
-        values = _shifted(x, i, h + k // TAPS_W * STEP, w + k % TAPS_W * STEP, I, H, W, in_range)
-        total = _dot(tl.load(at_weight + k, mask=in_weight, other=0.0), values, total)
+        for c in range(0, I, BLOCK_I):
+            i = c + tl.arange(0, BLOCK_I)
+            values = _shifted(x, i, h + k // TAPS_W * STEP, w + k % TAPS_W * STEP, I, H, W, in_range)
+            factors = tl.load(
+                weight + o[:, None] * w_o + i[None, :] * w_i + k, mask=(o < O)[:, None] & (i < I)[None, :], other=0.0
+            )
+            total = _dot(factors, values, total)
     at = n * O * H * W + o[:, None] * (H * W) + t[None, :]
     tl.store(y + at, total, mask=(o < O)[:, None] & in_range[None, :])
 
@@ -223,7 +225,8 @@ def _apply(
     _apply_kernel[(cdiv(height * width, block_t), n)](
         x, weight, y, in_channels, out_channels, height, width, weight.stride(axes[0]), weight.stride(axes[1]),
         first_h, first_w, STEP=step, TAPS=weight.shape[2:].numel(), TAPS_W=weight.shape[-1],
-        BLOCK_I=_block(in_channels), BLOCK_O=_block(out_channels), BLOCK_T=block_t, num_warps=4, num_stages=1,
+        BLOCK_I=_block(in_channels) if in_channels <= 32 else 16, BLOCK_O=_block(out_channels), BLOCK_T=block_t,
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     return y
 

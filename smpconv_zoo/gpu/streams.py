@@ -11,6 +11,10 @@ import torch
 __all__ = ["beside", "join"]
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _side_stream(device: int, lane: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
@@ -24,7 +28,7 @@ def beside(lane: int) -> Iterator[None]:
     once take hardly longer than one. Launched one by one they do not overlap anyway. What is allocated inside must live
     until the join.
     """
-    if not torch.cuda.is_current_stream_capturing():
+    if not _capturing():
         yield
         return
     side = _side_stream(torch.cuda.current_device(), lane)
@@ -35,6 +39,6 @@ def beside(lane: int) -> Iterator[None]:
 
 def join(*lanes: int) -> None:
     """Let the current stream wait for what was launched :func:`beside` it."""
-    if torch.cuda.is_current_stream_capturing():
+    if _capturing():
         for lane in lanes:
             torch.cuda.current_stream().wait_stream(_side_stream(torch.cuda.current_device(), lane))
