@@ -98,9 +98,7 @@ def _render_outside_autocast(
     return _render(coords, radius, weight, grid, normalization, renderer)
 
 
-def _render(
-    coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, normalization: str, renderer: str
-) -> Tensor:
+def _render(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, normalization: str, renderer: str) -> Tensor:
     dtype = weight.dtype
     if dtype in (torch.float16, torch.bfloat16):
         coords, radius, weight, grid = coords.float(), radius.float(), weight.float(), grid.float()
@@ -188,7 +186,9 @@ def _axes(grid: Tensor) -> list[Tensor] | None:
         axes = [grid[0]]
     else:
         axes = [grid[0, 0], grid[1, :, 0]]
-        if not (torch.equal(grid[0], axes[0].expand_as(grid[0])) and torch.equal(grid[1].T, axes[1].expand_as(grid[1].T))):
+        if not (
+            torch.equal(grid[0], axes[0].expand_as(grid[0])) and torch.equal(grid[1].T, axes[1].expand_as(grid[1].T))
+        ):
             return None
     for axis in axes:
         step = axis.diff()

@@ -269,9 +269,7 @@ def track(saved: Tensor, running: tuple[Tensor, ...], count: int, momentum: tupl
     """
     channels = saved.shape[1]
     unbiased = count / max(count - 1, 1)
-    _track_kernel[(1,)](
-        saved, *running, channels, unbiased, *momentum, BLOCK=next_power_of_2(channels), num_warps=1
-    )
+    _track_kernel[(1,)](saved, *running, channels, unbiased, *momentum, BLOCK=next_power_of_2(channels), num_warps=1)
 
 
 def norm_sum_backward(

@@ -218,7 +218,9 @@ def _convolve_input_now(grad: Tensor, weight: Tensor, future: Sequence[int], dep
     return _inverse_transform(spectrum, sizes, past, size).to(grad.dtype).contiguous()
 
 
-def _convolve_weight_now(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool) -> Tensor:
+def _convolve_weight_now(
+    grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool
+) -> Tensor:
     """Adjoint of the convolution in the kernel: ``grad`` (N, O, *size), ``x`` (N, I, *size) -> (O, I or 1, *taps)."""
     size = x.shape[2:]
     if Folded.can_run(x, depthwise):
@@ -263,11 +265,15 @@ def _fake_convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int], de
     return grad.new_empty([grad.shape[0], weight.shape[0 if depthwise else 1], *grad.shape[2:]])
 
 
-def _fake_convolve_weight(grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool) -> Tensor:
+def _fake_convolve_weight(
+    grad: Tensor, x: Tensor, taps: Sequence[int], future: Sequence[int], depthwise: bool
+) -> Tensor:
     return grad.new_empty([grad.shape[1], 1 if depthwise else x.shape[1], *taps])
 
 
-def _fake_convolve_both(grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> tuple[Tensor, Tensor]:
+def _fake_convolve_both(
+    grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 

@@ -191,7 +191,9 @@ def _fake_norm_sum(a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(a), a.new_empty(4, a.shape[1])
 
 
-def _fake_norm_sum_backward(grad: Tensor, a: Tensor, b: Tensor, out: Tensor | None, *_: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_norm_sum_backward(
+    grad: Tensor, a: Tensor, b: Tensor, out: Tensor | None, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     residual = a.new_empty(0) if out is None else torch.empty_like(a)
     return torch.empty_like(a), torch.empty_like(b), residual, a.new_empty(4, a.shape[1])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from smpconv_zoo.operators import recorded
 from smpconv_zoo.ops.fft import Folded, can_fold, keeps_spectra
-from smpconv_zoo.ops.short import can_run_short
+from smpconv_zoo.ops.short import can_run_short, short_convolve_now
 
 __all__ = ["can_run_pair", "convolve_pair"]
 
@@ -42,14 +42,13 @@ def convolve_pair(x: Tensor, large: Tensor, small: Tensor) -> tuple[Tensor, Tens
 class _ConvolvePair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
-        from smpconv_zoo.gpu.short import short_convolve
         from smpconv_zoo.gpu.streams import beside, join
 
         x = x.contiguous()
         ctx.future = [0] if x.dim() == 3 else [large.shape[2] // 2, large.shape[3] // 2]
         folded = ctx.folded = Folded(x.shape[2:], large.shape[2:], ctx.future)
         with beside(0):
-            of_small = short_convolve(x, small)
+            of_small = short_convolve_now(x, small)
         with beside(1):
             spectrum_large = folded.spectrum(large, flip=True)
         spectrum = folded.spectrum(x)

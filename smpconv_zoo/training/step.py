@@ -95,9 +95,7 @@ class TrainingStep:
         assert self.room is not None
         self.graph = None
         weights = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        moments = [
-            (value, value.clone()) for state in self.optimizer.state.values() for value in state.values()
-        ]
+        moments = [(value, value.clone()) for state in self.optimizer.state.values() for value in state.values()]
         graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
