@@ -15,7 +15,7 @@ from torch import Tensor
 from smpconv_zoo.gpu import why_no_triton
 from smpconv_zoo.operators import operator
 
-__all__ = ["can_run_short", "short_convolve", "shortshort_convolve_now"]
+__all__ = ["can_run_short", "short_convolve", "short_convolve_now"]
 
 _MAX_CHANNELS = 64
 _MAX_TAPS = 9
@@ -45,6 +45,7 @@ def short_convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def short_convolve_now(x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`short_convolve` without a derivative: the computation alone."""
     from smpconv_zoo.gpu.short import short_convolve
 
     if x.dim() == 4:
