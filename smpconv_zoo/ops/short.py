@@ -15,7 +15,7 @@ from torch import Tensor
 from smpconv_zoo.gpu import why_no_triton
 from smpconv_zoo.operators import operator
 
-__all__ = ["can_run_short", "short_convolve", "shortshort_convolve_now"]
+__all__ = ["can_run_short", "short_convolve", "short_convolve_now"]
 
 _MAX_CHANNELS = 64
 _MAX_TAPS = 9
