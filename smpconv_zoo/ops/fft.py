@@ -21,7 +21,7 @@ in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ __all__ = ["Folded", "can_fold", "fft_convolve", "good_fft_size", "keeps_spectra
 # Spectra of more bytes than this are computed again in the backward pass rather than kept for it, layer by layer.
 _KEPT_BYTES_CUDA = 64 * 2**20
 _KEPT_BYTES = 512 * 2**20
+# Transforms on a CPU are taken so many bytes at a time.
+_SHARE_BYTES = 8 * 2**20
 
 
 def good_fft_size(size: int, primes: Sequence[int] = (2, 3, 5, 7)) -> int:
@@ -114,11 +116,6 @@ def _flip(weight: Tensor) -> Tensor:
     return weight.flip(list(range(2, weight.dim())))
 
 
-def _by_frequency(spectrum: Tensor) -> Tensor:
-    """One contiguous matrix per frequency: left to itself, bmm copies strided complex matrices one by one."""
-    return spectrum.flatten(2).permute(2, 0, 1).contiguous()
-
-
 class Folded:
     """A dense convolution on an NVIDIA GPU by folded transforms: its spectra, and its map and both adjoints of them."""
 
@@ -175,32 +172,57 @@ class FrequencyMajor:
         self.points = _sizes(size, taps, future)
 
     def spectrum(self, x: Tensor, flip: bool = False) -> Tensor:
-        return _by_frequency(_forward_transform(_flip(x) if flip else x, self.points))
+        spectrum: Tensor | None = None
+        for rows in self._shares(x.shape[0], x.shape[1]):
+            part = _forward_transform(_flip(x[rows]) if flip else x[rows], self.points).flatten(2).permute(2, 0, 1)
+            if spectrum is None:
+                spectrum = part.new_empty(part.shape[0], x.shape[0], x.shape[1])
+            spectrum[:, rows] = part
+        assert spectrum is not None
+        return spectrum
 
-    def read(self, spectrum: Tensor, start: Sequence[int], size: Sequence[int], like: Tensor) -> Tensor:
+    def _shares(self, rows: int, columns: int) -> Iterator[slice]:
+        """Rows at a time whose transforms stay in a cache, and in memory that the allocator hands out again."""
+        at_once = max(1, _SHARE_BYTES // (8 * columns * math.prod(self.points)))
+        for first in range(0, rows, at_once):
+            yield slice(first, min(first + at_once, rows))
+
+    def _read(self, spectrum: Tensor, start: Sequence[int], y: Tensor) -> None:
+        """Fill ``y`` (n, o, *size) with the places from ``start`` on of the sequences whose spectrum is (F, n, o)."""
         frequencies = [*self.points[:-1], self.points[-1] // 2 + 1]
-        y = torch.fft.irfftn(
-            spectrum.permute(1, 2, 0).unflatten(2, frequencies), s=self.points, dim=list(range(2, like.dim()))
-        )
-        before = [-min(first, 0) for first in start]
-        if any(before):
-            # Places before the first lie at the end.
-            y = y.roll(before, list(range(2, like.dim())))
-        for dim, (first, length) in enumerate(zip(start, size, strict=True), start=2):
-            y = y.narrow(dim, max(first, 0), length)
-        return y.to(like.dtype).contiguous()
+        dims = list(range(2, y.dim()))
+        lines = torch.fft.irfftn(spectrum.permute(1, 2, 0).unflatten(2, frequencies), s=self.points, dim=dims)
+        for dim, first in zip(dims, start, strict=True):
+            length = y.shape[dim]
+            if first >= 0:
+                lines = lines.narrow(dim, first, length)
+            else:
+                # Places before the first lie at the end.
+                before = min(-first, length)
+                ends = lines.narrow(dim, lines.shape[dim] + first, before), lines.narrow(dim, 0, length - before)
+                lines = torch.cat(ends, dim)
+        y.copy_(lines)
 
     def output(self, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
-        return self.read(torch.bmm(x, weight.transpose(1, 2)), self.future, self.size, like)
+        y = like.new_empty(like.shape[0], weight.shape[1], *self.size)
+        for rows in self._shares(y.shape[0], y.shape[1]):
+            self._read(torch.bmm(x[:, rows], weight.transpose(1, 2)), self.future, y[rows])
+        return y
 
     def input_gradient(self, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
-        # conj(conj(grad) weight), so that no product meets a conjugate it would have to copy.
-        product = torch.bmm(grad.conj_physical(), weight).conj_physical_()
-        return self.read(product, [-f for f in self.future], self.size, like)
+        y = like.new_empty(like.shape[0], weight.shape[2], *self.size)
+        for rows in self._shares(y.shape[0], y.shape[1]):
+            # conj(conj(grad) weight), so that no product meets a conjugate it would have to copy.
+            product = torch.bmm(grad[:, rows].conj_physical(), weight).conj_physical_()
+            self._read(product, [-f for f in self.future], y[rows])
+        return y
 
     def weight_gradient(self, grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
-        product = torch.bmm(grad.conj_physical().transpose(1, 2), x)
-        return self.read(product, [-p for p in self.past], self.taps, like)
+        y = like.new_empty(grad.shape[2], x.shape[2], *self.taps)
+        for rows in self._shares(y.shape[0], y.shape[1]):
+            product = torch.bmm(grad[:, :, rows].conj_physical().transpose(1, 2), x)
+            self._read(product, [-p for p in self.past], y[rows])
+        return y
 
 
 Spectral = Folded | FrequencyMajor
