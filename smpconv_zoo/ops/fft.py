@@ -164,7 +164,7 @@ class Folded:
 
 
 class FrequencyMajor:
-    """A dense convolution anywhere else: spectra with the frequency first, one matrix for each, and products of those."""
+    """A dense convolution anywhere else: spectra with the frequency first, one matrix for each, and their products."""
 
     def __init__(self, size: Sequence[int], taps: Sequence[int], future: Sequence[int]) -> None:
         self.size, self.taps, self.future = list(size), list(taps), list(future)
