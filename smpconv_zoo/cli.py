@@ -22,8 +22,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from smpconv_zoo._version import __version__
+from smpconv_zoo.benchmarks.measure import record, write_record
+from smpconv_zoo.benchmarks.sequence import TASKS, SequenceTime, bench_sequence
+from smpconv_zoo.benchmarks.synthesis import SynthesisTime, bench_synthesis
 from smpconv_zoo.catalogue import NetworkFacts, list_networks, look_up, match_checkpoints, where_weights_come_from
 from smpconv_zoo.checkpoints import convert_file
+from smpconv_zoo.environment import usable_device
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
@@ -47,6 +51,30 @@ EXPECTED_ERRORS = (ValueError, CheckpointError, OSError, ImportError, FloatingPo
 CHECKPOINTS = ("checkpoint", "parameters", "status", "data", "paper top-1", "measured top-1")
 _VERDICTS = {True: "ok", False: "FAILED", None: "skipped"}
 NETWORKS = ("network", "parameters", "family", "input", "classes")
+
+SEQUENCE_TIMES = (
+    "network",
+    "input",
+    "step, graph ms",
+    "step ms",
+    "pass, graph ms",
+    "pass ms",
+    "peak GiB",
+    "peer step ms",
+    "step",
+    "pass",
+)
+SYNTHESIS_TIMES = (
+    "kernel",
+    "touched",
+    "dense fwd ms",
+    "bwd ms",
+    "scatter fwd ms",
+    "bwd ms",
+    "faster",
+    "dense MiB",
+    "scatter MiB",
+)
 
 app = typer.Typer(
     name="smpconv-zoo",
@@ -329,6 +357,104 @@ def train(
     if card is not None and card.measured is not None:
         typer.echo(f"test top-1 {card.measured.top1:.2f} % ({card.measured.correct} of {card.measured.total})")
     typer.echo(f"wrote {out}")
+
+
+bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
+app.add_typer(bench, name="bench")
+
+Repeats = Annotated[int, typer.Option(min=1, help="Repetitions, of which the median counts.")]
+Record = Annotated[Path | None, typer.Option("--out", help="Also write a record as JSON, with versions and hardware.")]
+
+
+@bench.command("sequence", epilog="Example: `smpconv-zoo bench sequence --device cuda --out sequence.json`")
+def bench_sequence_(
+    networks: Annotated[list[str] | None, typer.Argument(help="Networks; those of the authors' tasks if none.")] = None,
+    device: Device = "cpu",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Samples at a time; the authors' if not given.")] = None,
+    repeats: Repeats = 10,
+    peer: Annotated[
+        bool | None, typer.Option(help="Time dense synthesis and torch.fft too; done on CPU if not said.")
+    ] = None,
+    threads: Threads = None,
+    out: Record = None,
+    as_json: Json = False,
+) -> None:
+    """Time training steps and inference of the sequence networks."""
+    unknown = sorted(set(networks or ()) - TASKS.keys())
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no network of a sequence task; there are {', '.join(TASKS)}")
+    target = _prepare(device, threads)
+    chosen = {name: batch_size or TASKS[name] for name in networks or TASKS}
+    with _progress("networks") as progress:
+        results = bench_sequence(chosen, target, repeats, target.type == "cpu" if peer is None else peer, progress)
+    _report(record(target, repeats=repeats, results=[_plain(result) for result in results]), out, as_json)
+    if not as_json:
+        _print_table(SEQUENCE_TIMES, [_sequence_row(result) for result in results], numbers=range(2, 10))
+
+
+@bench.command("synthesis", epilog="Example: `smpconv-zoo bench synthesis --out synthesis.json`")
+def bench_synthesis_(
+    device: Device = "cpu", repeats: Repeats = 10, threads: Threads = None, out: Record = None, as_json: Json = False
+) -> None:
+    """Time the rendering of kernels from points, by touched taps and densely."""
+    target = _prepare(device, threads)
+    with _progress("kernels") as progress:
+        results = bench_synthesis(target, repeats, progress)
+    _report(record(target, repeats=repeats, results=[_plain(result) for result in results]), out, as_json)
+    if not as_json:
+        _print_table(SYNTHESIS_TIMES, [_synthesis_row(result) for result in results], numbers=range(1, 9))
+
+
+def _prepare(device: str, threads: int | None) -> torch.device:
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return usable_device(device)
+
+
+def _report(entry: dict[str, Any], out: Path | None, as_json: bool) -> None:
+    if out is not None:
+        write_record(out, entry)
+    if as_json:
+        _print_json(entry)
+
+
+def _sequence_row(result: SequenceTime) -> tuple[str, ...]:
+    def ratio(peer: float | None, ours: float | None) -> str:
+        return "" if peer is None or not ours else f"{peer / ours:.1f} x"
+
+    return (
+        result.network,
+        " x ".join(map(str, result.shape)),
+        *(
+            "" if value is None else f"{value:.2f}"
+            for value in (
+                result.train_graph_ms,
+                result.train_ms,
+                result.inference_graph_ms,
+                result.inference_ms,
+                result.peak_gib,
+                result.peer_train_ms,
+            )
+        ),
+        ratio(result.peer_train_ms, result.train_ms),
+        ratio(result.peer_inference_ms, result.inference_ms),
+    )
+
+
+def _synthesis_row(result: SynthesisTime) -> tuple[str, ...]:
+    dense = result.dense_forward_ms + result.dense_backward_ms
+    scatter = result.scatter_forward_ms + result.scatter_backward_ms
+    return (
+        result.kernel,
+        f"{100 * result.touched:.1f} %",
+        f"{result.dense_forward_ms:.3f}",
+        f"{result.dense_backward_ms:.3f}",
+        f"{result.scatter_forward_ms:.3f}",
+        f"{result.scatter_backward_ms:.3f}",
+        f"{dense / scatter:.1f} x",
+        f"{result.dense_bytes / 2**20:.1f}",
+        f"{result.scatter_bytes / 2**20:.1f}",
+    )
 
 
 def _import_lines(done: Imported) -> Iterator[str]:

@@ -29,9 +29,10 @@ __all__ = ["NORMALIZATIONS", "RENDERERS", "render_kernel", "render_kernel_refere
 NORMALIZATIONS = ("sum", "count")
 RENDERERS = ("scatter", "dense")
 
-# On CPU, the share of all (point, tap) pairs that are touched from which the dense rendering is faster, for points of
-# their own per output channel and for shared ones: eval/results/synthesis_cpu.json.
-_DENSE_SHARE = 0.25
+# Nanoseconds on CPU, forward and gradients: of the dense rendering per (point, tap) pair, and per pair and kernel; of the
+# rendering by touched taps in any case, and per touched pair and kernel. Fitted to eval/results/synthesis_cpu.json.
+_DENSE_NS = (3.5, 0.05)
+_SCATTER_NS = (800_000, 4.4)
 
 
 def render_kernel(
@@ -147,7 +148,7 @@ def _touched_taps(coords: Tensor, radius: Tensor, grid: Tensor, limit: float) ->
         grid: ``(d, *taps)``. Each axis must be monotone; its spacing may vary.
         limit: Pairs to visit at most.
     """
-    axes = _axes(grid)
+    axes = _axes(grid) if limit > 0 else None
     if axes is None:
         return None
     dims = len(axes)
@@ -206,8 +207,14 @@ def _sets(coords: Tensor, radius: Tensor, weight: Tensor) -> tuple[Tensor, Tenso
     return coords, radius, weight.reshape(coords.shape[0], -1, weight.shape[2])
 
 
-def _limit(coords: Tensor, grid: Tensor, forced: bool) -> float:
-    return math.inf if forced else _DENSE_SHARE * coords.shape[0] * coords.shape[1] * math.prod(grid.shape[1:])
+def _limit(values: Tensor, grid: Tensor, forced: bool) -> float:
+    """How many touched pairs are still cheaper than all pairs; below zero if none are."""
+    if forced:
+        return math.inf
+    sets, kernels, points = values.shape
+    pairs = sets * points * math.prod(grid.shape[1:])
+    dense = pairs * (_DENSE_NS[0] + _DENSE_NS[1] * kernels)
+    return (dense - _SCATTER_NS[0]) / (_SCATTER_NS[1] * kernels)
 
 
 def _factor(touched: _Touched, places: int, count: bool) -> Tensor:
@@ -226,7 +233,7 @@ def _render_points_now(
 
         return render(coords.contiguous(), radius.contiguous(), weight.contiguous(), grid.contiguous(), count)
     points, radii, values = _sets(coords, radius, weight)
-    touched = _touched_taps(points, radii, grid, _limit(points, grid, forced))
+    touched = _touched_taps(points, radii, grid, _limit(values, grid, forced))
     if touched is None:
         return render_kernel_reference(coords, radius, weight, grid, "count" if count else "sum")
     taps = math.prod(grid.shape[1:])
@@ -251,7 +258,7 @@ def _render_points_backward_now(
             grad.contiguous(), coords.contiguous(), radius.contiguous(), weight.contiguous(), grid.contiguous(), count
         )
     points, radii, values = _sets(coords, radius, weight)
-    touched = _touched_taps(points, radii, grid, _limit(points, grid, forced))
+    touched = _touched_taps(points, radii, grid, _limit(values, grid, forced))
     if touched is None:
         return _dense_gradients(grad, coords, radius, weight, grid, count)
     taps = math.prod(grid.shape[1:])

@@ -8,6 +8,7 @@ values are parameters, so the points move while the layer learns.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm.models import register_notrace_function, register_notrace_module
@@ -293,7 +294,7 @@ class SMPConv1d(_PointKernel):
         return render_kernel(self.coords, self.radius, self.weight, grid, self.normalization)
 
     def _may_measure(self) -> bool:
-        """Whether a look at the positions is possible, and worth it: on a GPU it costs as much as a small convolution."""
+        """Whether a look at the positions is possible, and worth it: on a GPU it takes as long as a short kernel."""
         if recorded((self.coords, self.grid)):
             return False
         if self.coords.is_cuda:
@@ -387,7 +388,8 @@ class ActivatedPair(nn.Module):
 
     @torch.jit.unused
     def _convolve_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        large, small = self.large.conv, self.small.conv
+        large: Any = self.large.conv
+        small: Any = self.small.conv
         if not isinstance(large, SMPConv1d | SMPConv2d) or not _unheard(large) or not _is_plain(small):
             return large(x), small(x)
         with beside(1):

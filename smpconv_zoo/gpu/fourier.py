@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smpconv_zoo.gpu import cdiv, next_power_of_2
+from smpconv_zoo.gpu import cdiv
 
 __all__ = ["contract", "fold", "unfold"]
 

@@ -3,8 +3,8 @@
 Forward: a program renders one block of taps of one set of kernels. It evaluates the tents of all points there in
 registers, skips points that do not reach the block, and multiplies by the values.
 
-Backward: a program belongs to one point. It walks over the blocks of taps that the point touches and adds up, in a fixed
-order, the gradients to its position, its radius and its values. Nothing is accumulated by atomics.
+Backward: a program belongs to one point. It walks over the blocks of taps that the point touches and adds up, in a
+fixed order, the gradients to its position, its radius and its values. Nothing is accumulated by atomics.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Dense convolutions of a few taps, causal on sequences and centred on maps: forward, and gradients to input and weight.
+"""Dense convolutions of a few taps, causal on sequences and centred on maps: forward, and both gradients.
 
-Small matrix products on tensor cores. Every float32 is the sum of two TF32 numbers, and three products of those give its
-accuracy back; the splitting is done here, since it is most of the work. The gradient to the weight is added up in two
-steps of fixed order, without atomics.
+Small matrix products on tensor cores. Every float32 is the sum of two TF32 numbers, and three products of those give
+its accuracy back; the splitting is done here, since it is most of the work. The gradient to the weight is added up in
+two steps of fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ def _weight_kernel(
 ):  # fmt: skip
     """partial[split, 4 o + s, r, i] = sum over a share of (n, q) of grad[n, o, 4 q + s] x[n, i, 4 q + r - 4]
 
-    Four outputs side by side see eight inputs: the diagonals r - s of this product are the taps. It multiplies more than
-    it must, but with every number it loads and splits it does so two hundred times.
+    Four outputs side by side see eight inputs: the diagonals r - s of this product are the taps. It multiplies more
+    than it must, but with every number it loads and splits it does so two hundred times.
     """
     split = tl.program_id(0)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)

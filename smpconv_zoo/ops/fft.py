@@ -21,7 +21,7 @@ in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,10 @@ from smpconv_zoo.operators import operator, recorded
 __all__ = ["Folded", "can_fold", "fft_convolve", "good_fft_size", "keeps_spectra"]
 
 # Spectra of more bytes than this are computed again in the backward pass rather than kept for it, layer by layer.
-_KEPT_BYTES = 64 * 2**20
+_KEPT_BYTES_CUDA = 64 * 2**20
+_KEPT_BYTES = 512 * 2**20
+# Transforms on a CPU are taken so many bytes at a time.
+_SHARE_BYTES = 8 * 2**20
 
 
 def good_fft_size(size: int, primes: Sequence[int] = (2, 3, 5, 7)) -> int:
@@ -78,9 +81,9 @@ def fft_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
     if (
         torch.is_grad_enabled()
         and (x.requires_grad or weight.requires_grad)
-        and can_fold(x, weight)
+        and not _is_depthwise(x.shape[1], weight.shape)
         and not recorded((x, weight))
-        and keeps_spectra(x, weight, Folded(x.shape[2:], weight.shape[2:], places))
+        and keeps_spectra(x, weight, spectral(x, weight, places))
     ):
         y = _ConvolveKeepingSpectra.apply(x, weight, places)
     else:
@@ -111,25 +114,6 @@ def _inverse_transform(spectrum: Tensor, sizes: Sequence[int], start: Sequence[i
 
 def _flip(weight: Tensor) -> Tensor:
     return weight.flip(list(range(2, weight.dim())))
-
-
-def _multiply(a: Tensor, b: Tensor, equation: str, depthwise: bool) -> Tensor:
-    """Multiply spectra frequency by frequency: ``equation`` contracts (batch, in, out) channels as n, i, o."""
-    if depthwise:
-        return (a * b).sum(0).unsqueeze(1) if equation == "no,ni->oi" else a * b.squeeze(1)
-    shape = a.shape[2:]
-    left, right = {
-        "ni,oi->no": (_by_frequency(a), _by_frequency(b, transpose=True)),
-        "no,oi->ni": (_by_frequency(a), _by_frequency(b)),
-        "no,ni->oi": (_by_frequency(a, transpose=True), _by_frequency(b)),
-    }[equation]
-    return torch.bmm(left, right).permute(1, 2, 0).unflatten(2, shape)
-
-
-def _by_frequency(spectrum: Tensor, transpose: bool = False) -> Tensor:
-    """One contiguous matrix per frequency: left to itself, bmm copies strided complex matrices one by one."""
-    order = (2, 1, 0) if transpose else (2, 0, 1)
-    return spectrum.resolve_conj().flatten(2).permute(order).contiguous()
 
 
 class Folded:
@@ -179,22 +163,88 @@ class Folded:
         return self.read(contract(grad, x, 0, 0, conjugate_a=True), start, self.taps, like)
 
 
+class FrequencyMajor:
+    """A dense convolution anywhere else: spectra with the frequency first, one matrix for each, and their products."""
+
+    def __init__(self, size: Sequence[int], taps: Sequence[int], future: Sequence[int]) -> None:
+        self.size, self.taps, self.future = list(size), list(taps), list(future)
+        self.past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
+        self.points = _sizes(size, taps, future)
+
+    def spectrum(self, x: Tensor, flip: bool = False) -> Tensor:
+        spectrum: Tensor | None = None
+        for rows in self._shares(x.shape[0], x.shape[1]):
+            part = _forward_transform(_flip(x[rows]) if flip else x[rows], self.points).flatten(2).permute(2, 0, 1)
+            if spectrum is None:
+                spectrum = part.new_empty(part.shape[0], x.shape[0], x.shape[1])
+            spectrum[:, rows] = part
+        assert spectrum is not None
+        return spectrum
+
+    def _shares(self, rows: int, columns: int) -> Iterator[slice]:
+        """Rows at a time whose transforms stay in a cache, and in memory that the allocator hands out again."""
+        at_once = max(1, _SHARE_BYTES // (8 * columns * math.prod(self.points)))
+        for first in range(0, rows, at_once):
+            yield slice(first, min(first + at_once, rows))
+
+    def _read(self, spectrum: Tensor, start: Sequence[int], y: Tensor) -> None:
+        """Fill ``y`` (n, o, *size) with the places from ``start`` on of the sequences whose spectrum is (F, n, o)."""
+        frequencies = [*self.points[:-1], self.points[-1] // 2 + 1]
+        dims = list(range(2, y.dim()))
+        lines = torch.fft.irfftn(spectrum.permute(1, 2, 0).unflatten(2, frequencies), s=self.points, dim=dims)
+        for dim, first in zip(dims, start, strict=True):
+            length = y.shape[dim]
+            if first >= 0:
+                lines = lines.narrow(dim, first, length)
+            else:
+                # Places before the first lie at the end.
+                before = min(-first, length)
+                ends = lines.narrow(dim, lines.shape[dim] + first, before), lines.narrow(dim, 0, length - before)
+                lines = torch.cat(ends, dim)
+        y.copy_(lines)
+
+    def output(self, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        y = like.new_empty(like.shape[0], weight.shape[1], *self.size)
+        for rows in self._shares(y.shape[0], y.shape[1]):
+            self._read(torch.bmm(x[:, rows], weight.transpose(1, 2)), self.future, y[rows])
+        return y
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+        y = like.new_empty(like.shape[0], weight.shape[2], *self.size)
+        for rows in self._shares(y.shape[0], y.shape[1]):
+            # conj(conj(grad) weight), so that no product meets a conjugate it would have to copy.
+            product = torch.bmm(grad[:, rows].conj_physical(), weight).conj_physical_()
+            self._read(product, [-f for f in self.future], y[rows])
+        return y
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
+        y = like.new_empty(grad.shape[2], x.shape[2], *self.taps)
+        for rows in self._shares(y.shape[0], y.shape[1]):
+            product = torch.bmm(grad[:, :, rows].conj_physical().transpose(1, 2), x)
+            self._read(product, [-p for p in self.past], y[rows])
+        return y
+
+
+Spectral = Folded | FrequencyMajor
+
+
+def spectral(x: Tensor, weight: Tensor, future: Sequence[int]) -> Spectral:
+    """How the dense convolution of ``x`` with ``weight`` goes through the FFT here."""
+    kind = Folded if Folded.can_run(x, depthwise=False) else FrequencyMajor
+    return kind(x.shape[2:], weight.shape[2:], future)
+
+
 def _two(values: Sequence[int], outer: int) -> tuple[int, int]:
     return (outer, values[0]) if len(values) == 1 else (values[0], values[1])
 
 
 def _convolve_now(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+    if not _is_depthwise(x.shape[1], weight.shape):
+        way = spectral(x, weight, future)
+        return way.output(way.spectrum(x), way.spectrum(weight, flip=True), x)
     size, taps = x.shape[2:], weight.shape[2:]
-    if Folded.can_run(x, _is_depthwise(x.shape[1], weight.shape)):
-        folded = Folded(size, taps, future)
-        return folded.output(folded.spectrum(x), folded.spectrum(weight, flip=True), x)
     sizes = _sizes(size, taps, future)
-    spectrum = _multiply(
-        _forward_transform(x, sizes),
-        _forward_transform(_flip(weight), sizes),
-        "ni,oi->no",
-        _is_depthwise(x.shape[1], weight.shape),
-    )
+    spectrum = _forward_transform(x, sizes) * _forward_transform(_flip(weight), sizes).squeeze(1)
     return _inverse_transform(spectrum, sizes, future, size).to(x.dtype).contiguous()
 
 
@@ -203,18 +253,13 @@ def _convolve_input_now(grad: Tensor, weight: Tensor, future: Sequence[int], dep
 
     ``depthwise`` is told, not seen: a dense kernel for one input channel has the shape of a depthwise one here.
     """
+    if not depthwise:
+        way = spectral(grad, weight, future)
+        return way.input_gradient(way.spectrum(grad), way.spectrum(weight, flip=True), grad)
     size, taps = grad.shape[2:], weight.shape[2:]
-    if Folded.can_run(grad, depthwise):
-        folded = Folded(size, taps, future)
-        return folded.input_gradient(folded.spectrum(grad), folded.spectrum(weight, flip=True), grad)
     past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
     sizes = _sizes(size, taps, past)
-    spectrum = _multiply(
-        _forward_transform(grad, sizes),
-        _forward_transform(weight, sizes),
-        "no,oi->ni",
-        depthwise,
-    )
+    spectrum = _forward_transform(grad, sizes) * _forward_transform(weight, sizes).squeeze(1)
     return _inverse_transform(spectrum, sizes, past, size).to(grad.dtype).contiguous()
 
 
@@ -223,14 +268,13 @@ def _convolve_weight_now(
 ) -> Tensor:
     """Adjoint of the convolution in the kernel: ``grad`` (N, O, *size), ``x`` (N, I, *size) -> (O, I or 1, *taps)."""
     size = x.shape[2:]
-    if Folded.can_run(x, depthwise):
-        folded = Folded(size, taps, future)
-        return folded.weight_gradient(folded.spectrum(grad), folded.spectrum(x), x)
+    if not depthwise:
+        way = (Folded if Folded.can_run(x, depthwise) else FrequencyMajor)(size, taps, future)
+        return way.weight_gradient(way.spectrum(grad), way.spectrum(x), x)
     sizes = _sizes(size, taps, future)
     # Conjugated in memory: code compiled by AOTAutograd can call this with lazy conjugation switched off.
-    conjugate = _forward_transform(grad, sizes).conj_physical_()
+    spectrum = (_forward_transform(grad, sizes).conj_physical_() * _forward_transform(x, sizes)).sum(0).unsqueeze(1)
     # Correlating x with grad puts lag 0 at index 0, the past at the end: rolling by ``past`` puts tap 0 first.
-    spectrum = _multiply(conjugate, _forward_transform(x, sizes), "no,ni->oi", depthwise)
     past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
     dims = list(range(2, x.dim()))
     lags = torch.fft.irfftn(spectrum, s=sizes, dim=dims).roll(past, dims)
@@ -242,18 +286,17 @@ def _convolve_weight_now(
 def _convolve_both_now(
     grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool
 ) -> tuple[Tensor, Tensor]:
-    """Both adjoints at once: on a GPU they share the spectrum of ``grad``."""
-    taps = weight.shape[2:]
-    if not Folded.can_run(x, depthwise):
+    """Both adjoints at once: those of a dense convolution share the spectrum of ``grad``."""
+    if depthwise:
         return (
-            _convolve_input(grad, weight, future, depthwise),
-            _convolve_weight(grad, x, list(taps), future, depthwise),
+            _convolve_input_now(grad, weight, future, depthwise),
+            _convolve_weight_now(grad, x, weight.shape[2:], future, depthwise),
         )
-    folded = Folded(x.shape[2:], taps, future)
-    spectrum = folded.spectrum(grad)
+    way = spectral(x, weight, future)
+    spectrum = way.spectrum(grad)
     return (
-        folded.input_gradient(spectrum, folded.spectrum(weight, flip=True), grad),
-        folded.weight_gradient(spectrum, folded.spectrum(x), x),
+        way.input_gradient(spectrum, way.spectrum(weight, flip=True), grad),
+        way.weight_gradient(spectrum, way.spectrum(x), x),
     )
 
 
@@ -356,15 +399,15 @@ _convolve_weight = operator(
 
 
 class _ConvolveKeepingSpectra(torch.autograd.Function):
-    """The folded convolution of a training step: what was transformed forward is not transformed again backward."""
+    """A dense convolution in training: what was transformed forward is not transformed again backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, future: list[int]) -> Tensor:
-        folded = Folded(x.shape[2:], weight.shape[2:], future)
-        spectrum_x, spectrum_weight = folded.spectrum(x), folded.spectrum(weight, flip=True)
-        ctx.future, ctx.folded = future, folded
+        way = spectral(x, weight, future)
+        spectrum_x, spectrum_weight = way.spectrum(x), way.spectrum(weight, flip=True)
+        ctx.future, ctx.way = future, way
         ctx.save_for_backward(x, weight, spectrum_x, spectrum_weight)
-        return folded.output(spectrum_x, spectrum_weight, x)
+        return way.output(spectrum_x, spectrum_weight, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -376,15 +419,15 @@ class _ConvolveKeepingSpectra(torch.autograd.Function):
                 _convolve_weight(grad, x, list(weight.shape[2:]), ctx.future, False) if to_weight else None,
                 None,
             )
-        spectrum = ctx.folded.spectrum(grad)
+        spectrum = ctx.way.spectrum(grad)
         return (
-            ctx.folded.input_gradient(spectrum, spectrum_weight, grad) if to_x else None,
-            ctx.folded.weight_gradient(spectrum, spectrum_x, grad) if to_weight else None,
+            ctx.way.input_gradient(spectrum, spectrum_weight, grad) if to_x else None,
+            ctx.way.weight_gradient(spectrum, spectrum_x, grad) if to_weight else None,
             None,
         )
 
 
-def keeps_spectra(x: Tensor, weight: Tensor, folded: Folded) -> bool:
+def keeps_spectra(x: Tensor, weight: Tensor, way: Spectral) -> bool:
     """Whether the spectra of a training step are few enough bytes to be kept for its backward pass."""
     rows = x.shape[0] * x.shape[1] + weight.shape[0] * weight.shape[1]
-    return 8 * math.prod(folded.points) * rows <= _KEPT_BYTES
+    return 8 * math.prod(way.points) * rows <= (_KEPT_BYTES_CUDA if x.is_cuda else _KEPT_BYTES)

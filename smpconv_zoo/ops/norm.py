@@ -48,8 +48,8 @@ def why_not_fused(a: Tensor, b: Tensor, norm_a: nn.Module, norm_b: nn.Module) ->
 def norm_sum(
     a: Tensor,
     b: Tensor,
-    norm_a: nn.Module,
-    norm_b: nn.Module,
+    norm_a: Any,
+    norm_b: Any,
     relu: bool,
     drop_rate: float = 0.0,
     residual: Tensor | None = None,
@@ -70,7 +70,7 @@ def norm_sum(
     if drop_rate > 0 and norm_a.training:
         mask = torch.empty_like(a, dtype=torch.bool).bernoulli_(1 - drop_rate)
         scale = 1 / (1 - drop_rate) if drop_rate < 1 else 0.0
-    running = (None,) * 4
+    running: tuple[Tensor | None, ...] = (None,) * 4
     if not norm_a.training:
         running = (norm_a.running_mean, norm_a.running_var, norm_b.running_mean, norm_b.running_var)
     out, saved = _norm_sum(

@@ -1,8 +1,8 @@
 """One optimizer step of a classifier: forward, backward, Adam, radii clipped; on a GPU as one CUDA graph.
 
 Launching the small kernels of a sequence network one by one takes longer than running them; a captured step is launched
-whole. Its transforms have the length that the points needed when it was captured, and some to spare; should a point move
-out of that, the step is captured again before it is taken again.
+whole. Its transforms have the length that the points needed when it was captured, and some to spare; should a point
+move out of that, the step is captured again before it is taken again.
 """
 
 from __future__ import annotations
