@@ -99,7 +99,8 @@ def _tap_weight_kernel(
 
 @triton.jit
 def _tap_weight_sum_kernel(
-    partial, grad_weight, I, O, SPLIT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
+    partial, grad_weight, I, O,
+    SPLIT: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     o = tl.program_id(0)
     k = tl.program_id(1)
