@@ -7,26 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
-from tolerances import RELATIVE_ERROR
+from point_cases import DTYPES, Points, any_points, assert_renders_as_the_twin, random_points, render_by_twin
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from smpconv_zoo import kernels
 from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel, render_kernel_reference
 from smpconv_zoo.layers import SMPConv1d, SMPConv2d
-from smpconv_zoo.points import tap_grid, tents
+from smpconv_zoo.points import tap_grid
 
-DTYPES = (torch.float32, torch.float64)
 # "auto" takes the dense rendering for small kernels, with gradients that are written out inside the operator.
 RENDERERS = ("scatter", "auto")
-VALUES = {torch.float32: RELATIVE_ERROR["rendered"], torch.float64: 1e-12}
-GRADIENTS = {torch.float32: RELATIVE_ERROR["rendered, gradient"], torch.float64: 1e-12}
 
 
 @pytest.fixture
@@ -35,131 +31,18 @@ def scatter_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_SCATTER_NS", (0.0, 4.4))
 
 
-@dataclasses.dataclass
-class Points:
-    """One case: points, the grid, and a gradient to the kernel."""
-
-    coords: Tensor
-    radius: Tensor
-    weight: Tensor
-    grid: Tensor
-    upstream: Tensor
-
-    def leaves(self) -> list[Tensor]:
-        return [leaf.detach().clone().requires_grad_() for leaf in (self.coords, self.radius, self.weight)]
-
-
-def random_points(
-    size: Sequence[int],
-    shared: bool = False,
-    dtype: torch.dtype = torch.float32,
-    n_points: int = 9,
-    radius: tuple[float, float] = (0.02, 0.3),
-    channels: tuple[int, int] = (3, 2),
-    seed: int = 0,
-) -> Points:
-    """Points all over the kernel and a little outside."""
-    generator = torch.Generator().manual_seed(seed)
-    sets = () if shared else (channels[0],)
-    coords = torch.empty(*sets, n_points, len(size), dtype=torch.float64).uniform_(-1.1, 1.1, generator=generator)
-    radii = torch.empty(*sets, n_points, dtype=torch.float64).uniform_(*radius, generator=generator)
-    weight = torch.randn(*channels, n_points, dtype=torch.float64, generator=generator)
-    upstream = torch.randn(*channels, *size, dtype=torch.float64, generator=generator)
-    return Points(coords.to(dtype), radii.to(dtype), weight.to(dtype), tap_grid(size, dtype=dtype), upstream.to(dtype))
-
-
 def render(points: Points, normalization: str, renderer: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The kernel and the gradients to coords, radius and weight; ``renderer`` may be "twin"."""
+    """The kernel, and the gradients to coords, radius and weight."""
     leaves = points.leaves()
-    if renderer == "twin":
-        kernel = render_kernel_reference(*leaves, points.grid, normalization)
-    else:
-        kernel = render_kernel(*leaves, points.grid, normalization, renderer=renderer)
+    kernel = render_kernel(*leaves, points.grid, normalization, renderer=renderer)
     return kernel.detach(), torch.autograd.grad(kernel, leaves, points.upstream)
 
 
-def sizes_without_cancellation(points: Points, normalization: str) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What the kernel and its gradients would be if no two terms had opposite signs: rounding is measured by that."""
-    coords, radius, weight = points.coords.double(), points.radius.double(), points.weight.double().abs()
-    upstream, grid = points.upstream.double().abs().flatten(2), points.grid.double()
-    tent = tents(coords, radius, grid).flatten(-grid.dim() + 1)
-    # Double precision may see other edges; a tap more or less there has a tent of nearly zero.
-    touched = (tent > 0).double()
-    factor = 1 / (touched.sum(-2, keepdim=True) + 1e-6) if normalization == "count" else torch.ones_like(touched)
-    kernel = torch.matmul(weight, tent * factor)
-    to_tent = torch.matmul(weight.transpose(1, 2), upstream)
-    if points.coords.dim() == 2:
-        to_tent = to_tent.sum(0)
-    to_coords = (to_tent * factor * touched).sum(-1) / radius
-    to_weight = torch.matmul(upstream, (tent * factor).transpose(-1, -2))
-    to_radius = (to_tent * factor * touched * (1 - tent)).sum(-1) / radius
-    return kernel, (to_coords.unsqueeze(-1).expand_as(coords), to_radius, to_weight)
-
-
-def assert_close(ours: Tensor, twin: Tensor, size: Tensor, tolerance: float, what: str) -> None:
-    assert ours.shape == twin.shape and ours.dtype == twin.dtype, what
-    assert torch.isfinite(ours).all(), what
-    difference = float((ours.double() - twin.double()).norm())
-    scale = max(float(size.norm()), float(twin.double().norm()))
-    assert difference <= tolerance * scale, f"{what}: {difference:.2e} of {scale:.2e}, allowed {tolerance:.0e}"
-
-
 def assert_equals_the_twin(points: Points, normalization: str, renderer: str) -> None:
-    dtype = points.weight.dtype
-    kernel, gradients = render(points, normalization, renderer)
-    twin, twins_gradients = render(points, normalization, "twin")
-    size, gradient_sizes = sizes_without_cancellation(points, normalization)
-    assert_close(kernel, twin, size, VALUES[dtype], "kernel")
-    for ours, theirs, scale, name in zip(
-        gradients, twins_gradients, gradient_sizes, ("coords", "radius", "weight"), strict=True
-    ):
-        assert_close(ours, theirs, scale, GRADIENTS[dtype], f"gradient to {name}")
-    # Values of one sign cannot cancel: what is not zero was touched.
-    positive = dataclasses.replace(points, weight=points.weight.abs() + 0.1)
-    support = render(positive, normalization, renderer)[0] != 0
-    assert torch.equal(support, render(positive, normalization, "twin")[0] != 0), "support"
+    assert_renders_as_the_twin(points, normalization, lambda p, n: render(p, n, renderer))
 
 
 # --- any points
-
-
-@st.composite
-def any_points(draw: st.DrawFn, axes: int) -> Points:
-    """Points where it is hard: on taps, a radius away from taps, coincident, outside; radii at both bounds."""
-    dtype = draw(st.sampled_from(DTYPES))
-    size = draw(st.tuples(*[st.integers(2, 65 if axes == 1 else 9)] * axes))
-    grid = tap_grid(size, dtype=dtype)
-    if draw(st.booleans()):
-        grid = grid * (1 - 1e-4)
-    newest = draw(st.integers(1, size[-1]))
-    if draw(st.booleans()):
-        # The newest taps only, as a layer renders them for a short sequence; down to a single one.
-        grid = grid[..., size[-1] - newest :]
-    lines = [grid[0].flatten()[: grid.shape[-1]], *([grid[1, :, 0]] if axes == 2 else [])]
-    spacing = 2 / (max(size) - 1)
-    sets, count = draw(st.integers(1, 3)), draw(st.integers(1, 6))
-    shared = draw(st.booleans())
-    coords = torch.zeros(1 if shared else sets, count, axes, dtype=dtype)
-    radius = torch.zeros(1 if shared else sets, count, dtype=dtype)
-    for s in range(len(coords)):
-        for p in range(count):
-            if p and draw(st.integers(0, 4)) == 0:
-                coords[s, p], radius[s, p] = coords[s, 0], radius[s, 0]
-                continue
-            radius[s, p] = draw(st.sampled_from([1e-4, 1.0, spacing, spacing / 2]) | st.floats(1e-3, 1.0))
-            on_edge = draw(st.integers(-1, axes - 1))
-            for axis, line in enumerate(lines):
-                place = draw(st.one_of(st.integers(0, len(line) - 1), st.floats(-1.5, 1.5), st.sampled_from([-2, 2])))
-                if isinstance(place, int) and abs(place) < len(line):
-                    coords[s, p, axis] = line[place]
-                    if axis == on_edge:
-                        coords[s, p, axis] += radius[s, p] * draw(st.sampled_from([-1, 1]))
-                else:
-                    coords[s, p, axis] = place
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
-    weight = torch.randn(sets, 2, count, dtype=dtype, generator=generator)
-    upstream = torch.randn(sets, 2, *grid.shape[1:], dtype=dtype, generator=generator)
-    return Points(coords[0] if shared else coords, radius[0] if shared else radius, weight, grid, upstream)
 
 
 @pytest.mark.parametrize("renderer", RENDERERS)
@@ -306,7 +189,7 @@ def test_first_and_second_derivatives(size: tuple[int, ...], normalization: str,
 @pytest.mark.parametrize("wanted", range(3))
 def test_the_gradient_to_one_input_alone(wanted: int) -> None:
     points = random_points((20,), dtype=torch.float64)
-    expected = render(points, "count", "twin")[1][wanted]
+    expected = render_by_twin(points, "count")[1][wanted]
     leaves = [leaf.requires_grad_(i == wanted) for i, leaf in enumerate(points.leaves())]
     kernel = render_kernel(*leaves, points.grid, "count", "scatter")
     for create_graph in (False, True):
@@ -486,7 +369,7 @@ def test_transforms_of_torch_func_see_through_it() -> None:
     def loss(coords: Tensor, radius: Tensor, weight: Tensor) -> Tensor:
         return (render_kernel(coords, radius, weight, points.grid, "count") * points.upstream).sum()
 
-    expected = render(points, "count", "twin")[1]
+    expected = render_by_twin(points, "count")[1]
     for ours, theirs in zip(torch.func.grad(loss, (0, 1, 2))(coords, radius, weight), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
     both = torch.func.vmap(lambda w: render_kernel(coords, radius, w, points.grid))(torch.stack((weight, 2 * weight)))
