@@ -18,7 +18,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
-from point_cases import Points, any_points, assert_renders_as_the_twin, random_points
+from point_cases import (
+    Points,
+    any_points,
+    assert_renders_as_the_twin,
+    points_around_an_edge,
+    random_points,
+    render_by_twin,
+)
 from tolerances import RELATIVE_ERROR
 from torch import Tensor, nn
 
@@ -255,6 +262,14 @@ def test_rendering_any_points_in_1d(points: Points, normalization: str) -> None:
 @given(points=any_points(2, [torch.float32]))
 def test_rendering_any_points_in_2d(points: Points, normalization: str) -> None:
     assert_renders_as_the_twin(points, normalization, render)
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_whether_a_tap_on_the_edge_is_touched(axes: int) -> None:
+    points = points_around_an_edge(40, axes)
+    assert_renders_as_the_twin(points, "sum", render)
+    ours, twins = render(points, "sum")[1][0], render_by_twin(points, "sum")[1][0]
+    torch.testing.assert_close(ours, twins, rtol=1e-5, atol=1e-5)
 
 
 def test_rendering_of_any_grid() -> None:

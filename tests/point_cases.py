@@ -116,6 +116,23 @@ def any_points(draw: st.DrawFn, axes: int, dtypes: Sequence[torch.dtype] = DTYPE
     return Points(coords[0] if shared else coords, radius[0] if shared else radius, weight, grid, upstream)
 
 
+def points_around_an_edge(count: int, axes: int) -> Points:
+    """Single points a radius away from a tap, and a few roundings nearer or further: each its own kernel."""
+    generator = torch.Generator().manual_seed(1)
+    size = (9, 7)[:axes]
+    grid = tap_grid(size) * (1 - 1e-4)
+    lines = [grid[0].flatten()[: size[-1]], *([grid[1, :, 0]] if axes == 2 else [])]
+    radius = torch.empty(count, 1).uniform_(0.01, 1.0, generator=generator)
+    taps = [line[torch.randint(len(line), (count, 1), generator=generator)] for line in lines]
+    share = torch.rand(count, 1, generator=generator) if axes == 2 else torch.ones(count, 1)
+    roundings = torch.randint(-3, 4, (count, 1), generator=generator) * 2.0**-24
+    sign = torch.randint(2, (axes, count, 1), generator=generator) * 2 - 1
+    reach = [share * radius, radius - share * radius]
+    coords = torch.stack([tap + sign[i] * (reach[i] + roundings) for i, tap in enumerate(taps)], -1)
+    upstream = torch.randn(count, 1, *size, generator=generator)
+    return Points(coords, radius, torch.ones(count, 1, 1), grid, upstream)
+
+
 Rendering = Callable[[Points, str], tuple[Tensor, tuple[Tensor, ...]]]
 
 

@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from hypothesis import given
-from point_cases import DTYPES, Points, any_points, assert_renders_as_the_twin, random_points, render_by_twin
+from point_cases import (
+    DTYPES,
+    Points,
+    any_points,
+    assert_renders_as_the_twin,
+    points_around_an_edge,
+    random_points,
+    render_by_twin,
+)
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -59,6 +67,16 @@ def test_any_points_in_2d(points: Points, normalization: str, renderer: str) -> 
     assert_equals_the_twin(points, normalization, renderer)
 
 
+@pytest.mark.parametrize("renderer", RENDERERS)
+@pytest.mark.parametrize("axes", [1, 2])
+def test_whether_a_tap_on_the_edge_is_touched(axes: int, renderer: str) -> None:
+    # One tap too few, and its gradient to the position would be missing: not small, as that to the value is.
+    points = points_around_an_edge(5000, axes)
+    assert_equals_the_twin(points, "sum", renderer)
+    ours, twins = render(points, "sum", renderer)[1][0], render_by_twin(points, "sum")[1][0]
+    torch.testing.assert_close(ours, twins, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
@@ -98,9 +116,10 @@ def test_one_point_of_value_one_is_its_tent(size: tuple[int, ...], normalization
 
 @pytest.mark.parametrize("renderer", RENDERERS)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-def test_points_that_touch_nothing(normalization: str, renderer: str) -> None:
+@pytest.mark.parametrize("far", [1.5, 1e6, float("inf")])
+def test_points_that_touch_nothing(far: float, normalization: str, renderer: str) -> None:
     points = random_points((20,), radius=(1e-4, 1e-3))
-    points.coords = points.coords.sign() * 5
+    points.coords = points.coords.sign() * far
     kernel, gradients = render(points, normalization, renderer)
     assert not kernel.any() and kernel.shape == (3, 2, 20)
     assert not any(gradient.any() for gradient in gradients)
