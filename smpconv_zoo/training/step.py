@@ -109,7 +109,6 @@ class TrainingStep:
                 self._run()
                 self.room.look()
         torch.cuda.current_stream().synchronize()
-        self.room.seen.fill_(False)
         self.graph = graph
         self.captures += 1
         self.model.load_state_dict(weights)
@@ -120,6 +119,7 @@ class TrainingStep:
             for state in self.optimizer.state.values():
                 for value in state.values():
                     value.zero_()
+        self.room.settle()
 
 
 class _Room:
@@ -130,6 +130,7 @@ class _Room:
         self.limits = [torch.full_like(layer.radius, -math.inf) for layer in self.layers]
         self.flag = torch.zeros((), dtype=torch.bool, device=device)
         self.seen = torch.zeros((), dtype=torch.bool, pin_memory=True)
+        self.settle()
 
     @contextlib.contextmanager
     def promised(self) -> Iterator[None]:
@@ -153,7 +154,19 @@ class _Room:
             torch.any(oldest < torch.cat([limit.flatten() for limit in self.limits]), out=self.flag)
         self.seen.copy_(self.flag, non_blocking=True)
 
+    def settle(self) -> None:
+        """Take the points for such as have room, as they are now."""
+        self.seen.fill_(False)
+        self.versions = self._versions()
+
+    def _versions(self) -> list[int]:
+        """How often somebody wrote to the points; what a captured step writes does not count."""
+        return [tensor._version for layer in self.layers for tensor in (layer.coords, layer.radius)]
+
     def outgrown(self) -> bool:
-        """Whether the last step moved a point out of the room; waits for that step."""
+        """Whether the last step moved a point out of the room, or somebody did since; waits for that step."""
+        if self._versions() != self.versions:
+            self.versions = self._versions()
+            self.look()
         torch.cuda.current_stream().synchronize()
         return bool(self.seen)
