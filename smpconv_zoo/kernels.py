@@ -29,8 +29,8 @@ __all__ = ["NORMALIZATIONS", "RENDERERS", "render_kernel", "render_kernel_refere
 NORMALIZATIONS = ("sum", "count")
 RENDERERS = ("scatter", "dense")
 
-# Nanoseconds on CPU, forward and gradients: of the dense rendering per (point, tap) pair, and per pair and kernel; of the
-# rendering by touched taps in any case, and per touched pair and kernel. Fitted to eval/results/synthesis_cpu.json.
+# Nanoseconds on CPU, forward and gradients: of the dense rendering per (point, tap) pair, and per pair and kernel; of
+# the rendering by touched taps in any case, and per touched pair and kernel. Read off eval/results/synthesis_cpu.json.
 _DENSE_NS = (3.5, 0.05)
 _SCATTER_NS = (800_000, 4.4)
 

@@ -85,10 +85,9 @@ class _ConvolvePair(torch.autograd.Function):
         if to_x:
             if spectrum_large is None:
                 spectrum_large = folded.spectrum(large, flip=True)
-            gradient_x = folded.input_gradient(spectrum, spectrum_large, x)
+            join(0)
+            gradient_x = folded.input_gradient(spectrum, spectrum_large, x, of_small)
         join(0, 1)
-        if gradient_x is not None and of_small is not None:
-            gradient_x += of_small
         return gradient_x, gradient_large, gradient_small
 
 
