@@ -21,7 +21,7 @@ in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -142,12 +142,13 @@ class Folded:
         start: tuple[int, int],
         size: tuple[int, int],
         like: Tensor,
-        other: Tensor | None = None,
+        other: Callable[[], Tensor | None] | None = None,
     ) -> Tensor:
         from smpconv_zoo.gpu.fourier import unfold
 
         inverse = torch.fft.ifft if self.points[0] == 1 else torch.fft.ifft2
-        y = unfold(inverse(spectrum, norm="forward"), start, size, like.dtype, other)
+        lines = inverse(spectrum, norm="forward")
+        y = unfold(lines, start, size, like.dtype, None if other is None else other())
         return y.squeeze(2) if like.dim() == 3 else y
 
     def output(self, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
@@ -155,8 +156,10 @@ class Folded:
 
         return self.read(contract(x, weight, 1, 1), self.future, self.size, like)
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, like: Tensor, other: Tensor | None = None) -> Tensor:
-        """The gradient, plus ``other`` of its shape."""
+    def input_gradient(
+        self, grad: Tensor, weight: Tensor, like: Tensor, other: Callable[[], Tensor | None] | None = None
+    ) -> Tensor:
+        """The gradient, plus what ``other`` gives when it is asked at the end."""
         from smpconv_zoo.gpu.fourier import contract
 
         # The adjoint of "place t + future": what comes before the first place lies at the end.
