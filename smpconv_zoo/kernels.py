@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from smpconv_zoo.gpu import why_no_triton
-from smpconv_zoo.operators import gradient_operator, operator
+from smpconv_zoo.operators import gradient_operator, operator, transformed
 from smpconv_zoo.points import tents
 
 __all__ = ["NORMALIZATIONS", "RENDERERS", "render_kernel", "render_kernel_reference"]
@@ -118,6 +118,8 @@ def _why_not_scatter(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tenso
         return f"it runs on cpu and cuda, the points are on {device_type}"
     if not (coords.dtype == radius.dtype == weight.dtype == grid.dtype):
         return "positions, radii, values and grid must be of one dtype"
+    if transformed():
+        return "torch.func sees through PyTorch's own operators only"
     if device_type == "cuda":
         if weight.dtype != torch.float32:
             return f"its GPU kernel computes in float32, the points are {weight.dtype}"

@@ -358,18 +358,18 @@ class ActivatedPair(nn.Module):
         large: The continuous kernel and its norm.
         small: The ordinary one and its norm.
         relu: Whether the sum goes through a ReLU.
-        drop_rate: Dropout after that.
+        drop_rate: Dropout after that; None where there is none, at whatever rate.
 
     Shape: ``(N, in, *)`` -> ``(N, out, *)``. A ``residual`` of the output's shape, if given, is added at the end, and
     the result goes through a ReLU.
     """
 
-    def __init__(self, large: ConvNorm, small: ConvNorm, relu: bool, drop_rate: float = 0.0) -> None:
+    def __init__(self, large: ConvNorm, small: ConvNorm, relu: bool, drop_rate: float | None = None) -> None:
         super().__init__()
         self.large = large
         self.small = small
         self.relu = relu
-        self.drop = nn.Dropout(drop_rate)
+        self.drop: nn.Module = nn.Identity() if drop_rate is None else nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not torch.jit.is_scripting():
@@ -409,7 +409,7 @@ class ActivatedPair(nn.Module):
         a, b = self._convolve_both(x)
         if why_not_fused(a, b, self.large.norm, self.small.norm) is not None:
             return self._plain(self.large.norm(a) + self.small.norm(b), residual)
-        drop_rate = self.drop.p if self.drop.training else 0.0
+        drop_rate = self.drop.p if isinstance(self.drop, nn.Dropout) and self.drop.training else 0.0
         return norm_sum(a, b, self.large.norm, self.small.norm, self.relu, drop_rate, residual)
 
 

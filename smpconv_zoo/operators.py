@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["gradient_operator", "operator", "recorded"]
+__all__ = ["gradient_operator", "operator", "recorded", "transformed"]
 
 
 def operator(
@@ -82,9 +82,14 @@ def gradient_operator(name: str, implementation: Callable[..., Any], fake: Calla
 
 def recorded(arguments: tuple[Any, ...]) -> bool:
     """Whether somebody records what is called, or the tensors hold no numbers."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed():
         return True
     return any(
         isinstance(value, Tensor) and (type(value) not in (Tensor, nn.Parameter) or value.device.type == "meta")
         for value in arguments
     )
+
+
+def transformed() -> bool:
+    """Whether a transform of :mod:`torch.func` is at work: it sees through PyTorch's own operators only."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("_version",),
     ("files", "environment"),
-    ("points",),
+    ("points", "operators", "gpu"),
     ("kernels",),
     ("ops",),
     ("layers",),
@@ -35,9 +35,11 @@ ORDER = (
     ("cli",),
     ("__main__",),
 )
-# Inside the folders the same holds; the package's own __init__ stands right of everything it names.
+# Inside the folders the same holds; the package's own __init__ stands right of everything it names. That of gpu names
+# nothing: it holds what its kernels share.
 ORDER_WITHIN = {
-    "ops": (("reference", "fft"), ("dispatch",), ("__init__",)),
+    "gpu": (("__init__",), ("fourier", "norm", "render", "short", "streams")),
+    "ops": (("reference", "fft", "norm", "short"), ("dispatch",), ("pair",), ("__init__",)),
     "pretrained": (
         ("cards", "errors"),
         ("remap", "signing", "structure"),
@@ -55,7 +57,7 @@ ORDER_WITHIN = {
         ("report",),
         ("__init__",),
     ),
-    "training": (("augment", "groups", "recipe", "schedules"), ("sequence", "image", "engine"), ("__init__",)),
+    "training": (("augment", "groups", "recipe", "schedules", "step"), ("sequence", "image", "engine"), ("__init__",)),
 }
 
 
@@ -116,8 +118,23 @@ def test_some_files_import_next_to_nothing() -> None:
     assert all(other[0] == "data" for name, others in by_name.items() if name[0] == "data" for other in others), (
         "data imports from data alone"
     )
-    for name in (("files",), ("points",), ("_version",), ("ops", "reference"), ("ops", "fft"), ("pretrained", "cards")):
-        assert by_name[name] == set(), name
+    assert all(others <= {("gpu",)} for name, others in by_name.items() if name[0] == "gpu"), "gpu imports from gpu alone"
+    assert by_name["ops", "fft"] == {("operators",), ("gpu",), ("gpu", "fourier")}
+    nothing = ("files", "points", "operators", "_version", "ops.reference", "pretrained.cards", "gpu.__init__", "gpu.streams")
+    for name in nothing:
+        assert by_name[tuple(name.split("."))] == set(), name
+
+
+def test_triton_is_imported_only_where_a_gpu_needs_it() -> None:
+    def at_the_top(path: Path) -> set[str]:
+        nodes = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if not isinstance(node, ast.If)]
+        names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        return names | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+
+    tops = {".".join(("smpconv_zoo", *module_of(path))): at_the_top(path) for path in FILES}
+    with_triton = {name for name, imported in tops.items() if any(other.split(".")[0] == "triton" for other in imported)}
+    assert with_triton == {f"smpconv_zoo.gpu.{name}" for name in ("fourier", "norm", "render", "short")}
+    assert not [name for name, imported in tops.items() if imported & with_triton]
 
 
 OPTIONAL = ("mlxtend", "matplotlib", "sklearn", "typer", "rich", "onnx", "onnxruntime", "pandas", "scipy")

@@ -1,6 +1,6 @@
-"""Triton kernels for NVIDIA GPUs. Nothing here is imported before a tensor on a GPU needs it.
+"""Triton kernels for NVIDIA GPUs. None of them is imported before a tensor on a GPU needs it.
 
-:func:`why_no_triton` says whether it can be; the modules beside it import Triton at their top.
+:func:`why_no_triton` says whether they can be: all modules beside it but :mod:`.streams` import Triton at their top.
 """
 
 from __future__ import annotations

@@ -188,7 +188,7 @@ def _image_pair(
     small_kernel_size: int,
     small_bias: bool,
     relu: bool = False,
-    drop_rate: float = 0.0,
+    drop_rate: float | None = None,
     **dd: Any,
 ) -> ActivatedPair:
     large = SMPConv2d(

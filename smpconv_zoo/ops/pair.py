@@ -30,6 +30,8 @@ def can_run_pair(x: Tensor, large: Tensor, small: Tensor) -> bool:
 def convolve_pair(x: Tensor, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
     """Convolve ``x`` with both kernels; causal for ``(N, I, L)``, 'same' for ``(N, I, H, W)``.
 
+    Equivalent to ``(causal_conv1d(x, large), causal_conv1d(x, small))``, on maps to the same of ``conv2d``.
+
     Args:
         x: The input.
         large: ``(O, I, *taps)``, no further back than ``x`` is long.

@@ -45,6 +45,7 @@ def short_convolve(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def short_convolve_now(x: Tensor, weight: Tensor) -> Tensor:
+    """:func:`short_convolve` without a derivative: the computation alone."""
     from smpconv_zoo.gpu.short import short_convolve
 
     if x.dim() == 4:
