@@ -31,6 +31,7 @@ ORDER = (
     ("data",),
     ("evaluation",),
     ("training",),
+    ("benchmarks",),
     ("importing", "publishing", "verifying"),
     ("cli",),
     ("__main__",),
@@ -40,6 +41,7 @@ ORDER = (
 ORDER_WITHIN = {
     "gpu": (("__init__",), ("fourier", "norm", "render", "short", "streams")),
     "ops": (("reference", "fft", "norm", "short"), ("dispatch",), ("pair",), ("__init__",)),
+    "benchmarks": (("measure",), ("sequence", "synthesis"), ("__init__",)),
     "pretrained": (
         ("cards", "errors"),
         ("remap", "signing", "structure"),
@@ -118,9 +120,20 @@ def test_some_files_import_next_to_nothing() -> None:
     assert all(other[0] == "data" for name, others in by_name.items() if name[0] == "data" for other in others), (
         "data imports from data alone"
     )
-    assert all(others <= {("gpu",)} for name, others in by_name.items() if name[0] == "gpu"), "gpu imports from gpu alone"
+    assert all(others <= {("gpu",)} for name, others in by_name.items() if name[0] == "gpu"), (
+        "gpu imports from gpu alone"
+    )
     assert by_name["ops", "fft"] == {("operators",), ("gpu",), ("gpu", "fourier")}
-    nothing = ("files", "points", "operators", "_version", "ops.reference", "pretrained.cards", "gpu.__init__", "gpu.streams")
+    nothing = (
+        "files",
+        "points",
+        "operators",
+        "_version",
+        "ops.reference",
+        "pretrained.cards",
+        "gpu.__init__",
+        "gpu.streams",
+    )
     for name in nothing:
         assert by_name[tuple(name.split("."))] == set(), name
 
@@ -132,7 +145,9 @@ def test_triton_is_imported_only_where_a_gpu_needs_it() -> None:
         return names | {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
 
     tops = {".".join(("smpconv_zoo", *module_of(path))): at_the_top(path) for path in FILES}
-    with_triton = {name for name, imported in tops.items() if any(other.split(".")[0] == "triton" for other in imported)}
+    with_triton = {
+        name for name, imported in tops.items() if any(other.split(".")[0] == "triton" for other in imported)
+    }
     assert with_triton == {f"smpconv_zoo.gpu.{name}" for name in ("fourier", "norm", "render", "short")}
     assert not [name for name, imported in tops.items() if imported & with_triton]
 
