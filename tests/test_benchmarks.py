@@ -1,4 +1,4 @@
-"""The benchmarks: that what they compare computes the same, that they count right, and what they write. Never a time."""
+"""The benchmarks: what they compare computes the same, they count right, and what they write. Never a time."""
 
 from __future__ import annotations
 
