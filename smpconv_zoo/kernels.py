@@ -30,7 +30,7 @@ NORMALIZATIONS = ("sum", "count")
 RENDERERS = ("scatter", "dense")
 
 # Nanoseconds on CPU, forward and gradients: of the dense rendering per (point, tap) pair, and per pair and kernel; of
-# the rendering by touched taps in any case, and per touched pair and kernel. Read off eval/results/synthesis_cpu.json.
+# the rendering by touched taps in any case, and per touched pair and kernel; roughly, from `smpconv-zoo bench synthesis`.
 _DENSE_NS = (3.5, 0.05)
 _SCATTER_NS = (800_000, 4.4)
 
@@ -131,12 +131,17 @@ def _why_not_scatter(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tenso
 class _Touched:
     """The (point, tap) pairs within a radius, as lists of equal length, ordered by point and then by tap.
 
-    ``point`` counts through all sets of points, ``place`` through (set, tap); ``tent`` is in (0, 1].
+    ``point`` counts through all sets of points, ``place`` through (set, tap); ``distance`` is in radii, below 1.
     """
 
     point: Tensor
     place: Tensor
-    tent: Tensor
+    distance: Tensor
+
+    @property
+    def tent(self) -> Tensor:
+        """In (0, 1], rounded as the dense rendering rounds it."""
+        return 1 - self.distance
 
 
 def _touched_taps(coords: Tensor, radius: Tensor, grid: Tensor, limit: float) -> _Touched | None:
@@ -176,11 +181,11 @@ def _touched_taps(coords: Tensor, radius: Tensor, grid: Tensor, limit: float) ->
         row = first[1][point] + rank // number[0][point]
         distance = distance + (coords[..., 1].flatten()[point] - axes[1][row]).abs()
         tap = row * len(axes[0]) + column
-    tent = 1 - distance / radius.flatten()[point]
-    keep = (tent > 0).nonzero().squeeze(1)
+    distance = distance / radius.flatten()[point]
+    keep = (1 - distance > 0).nonzero().squeeze(1)
     point = point[keep]
     place = point // coords.shape[1] * math.prod(grid.shape[1:]) + tap[keep]
-    return _Touched(point, place, tent[keep])
+    return _Touched(point, place, distance[keep])
 
 
 def _axes(grid: Tensor) -> list[Tensor] | None:
@@ -221,8 +226,13 @@ def _factor(touched: _Touched, places: int, count: bool) -> Tensor:
     """What each pair contributes per unit of its point's value."""
     if not count:
         return touched.tent
+    return touched.tent * _share(touched, places)
+
+
+def _share(touched: _Touched, places: int) -> Tensor:
+    """One over the number of points that touch the tap of each pair."""
     counts = torch.bincount(touched.place, minlength=places)[touched.place]
-    return (1 / (counts.to(touched.tent.dtype) + 1e-6)) * touched.tent
+    return 1 / (counts.to(touched.distance.dtype) + 1e-6)
 
 
 def _render_points_now(
@@ -260,7 +270,9 @@ def _render_points_backward_now(
     points, radii, values = _sets(coords, radius, weight)
     touched = _touched_taps(points, radii, grid, _limit(values, grid, forced))
     if touched is None:
-        return _dense_gradients(grad, coords, radius, weight, grid, count)
+        # Autocast may be on where a backward pass is called, and would have its way with the products.
+        with torch.autocast("cpu", enabled=False):
+            return _dense_gradients(grad, coords, radius, weight, grid, count)
     taps = math.prod(grid.shape[1:])
     sets, kernels, n_points = values.shape
     by_kernel = grad.reshape(sets, kernels, taps)
@@ -269,11 +281,12 @@ def _render_points_backward_now(
     grad_values = weight.new_zeros(sets * n_points, kernels)
     grad_values.index_add_(0, touched.point, here * factor.unsqueeze(1))
     of_point = values.transpose(1, 2).reshape(sets * n_points, kernels)[touched.point]
-    grad_tent = (here * of_point).sum(1) * (factor / touched.tent)
+    grad_tent = (here * of_point).sum(1)
+    if count:
+        grad_tent = grad_tent * _share(touched, sets * taps)
     reach = radii.flatten()[touched.point]
     grad_radius = radius.new_zeros(sets * n_points)
-    # tent = 1 - distance / radius, hence distance = (1 - tent) radius.
-    grad_radius.index_add_(0, touched.point, grad_tent * (1 - touched.tent) / reach)
+    grad_radius.index_add_(0, touched.point, grad_tent * touched.distance / reach)
     grad_coords = coords.new_zeros(sets * n_points, coords.shape[-1])
     for dim, axis in enumerate(_axes(grid) or []):
         tap = touched.place % taps
@@ -290,14 +303,18 @@ def _dense_gradients(
     """The gradients of the dense rendering, written out: inside an operator autograd does not record."""
     points, radii, values = _sets(coords, radius, weight)
     places = grid.flatten(1)
-    tent = tents(points, radii, places)
+    distance = (points[..., :1] - places[0]).abs()
+    for dim in range(1, grid.shape[0]):
+        distance = distance + (points[..., dim : dim + 1] - places[dim]).abs()
+    distance = distance / radii.unsqueeze(2)
+    tent = torch.relu(1 - distance)
     touched = tent > 0
     factor = 1 / (touched.sum(dim=1, keepdim=True, dtype=tent.dtype) + 1e-6) if count else tent.new_ones(1)
     by_kernel = grad.reshape(*values.shape[:2], -1)
     grad_values = torch.matmul(by_kernel, (tent * factor).transpose(1, 2))
     grad_tent = torch.matmul(values.transpose(1, 2), by_kernel) * factor * touched / radii.unsqueeze(2)
-    # tent = 1 - distance / radius, hence distance = (1 - tent) radius.
-    grad_radius = (grad_tent * (1 - tent)).sum(2)
+    # Infinitely far is not touched, and zero times infinity no number.
+    grad_radius = (grad_tent * distance.clamp(max=1)).sum(2)
     toward = [torch.sign(places[dim] - points[..., dim : dim + 1]) for dim in range(grid.shape[0])]
     grad_coords = torch.stack([(grad_tent * sign).sum(2) for sign in toward], dim=-1)
     return grad_coords.view(coords.shape), grad_radius.view(radius.shape), grad_values.view(weight.shape)
