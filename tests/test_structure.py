@@ -61,7 +61,6 @@ ORDER_WITHIN = {
         ("__init__",),
     ),
     "training": (("augment", "groups", "recipe", "schedules", "step"), ("sequence", "image", "engine"), ("__init__",)),
-    "benchmarks": (("measure",), ("sequence", "synthesis"), ("__init__",)),
 }
 
 
