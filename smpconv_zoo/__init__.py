@@ -10,8 +10,10 @@ from smpconv_zoo.kernels import render_kernel
 from smpconv_zoo.layers import SMPConv1d, SMPConv2d, clip_radius_
 from smpconv_zoo.pretrained.cards import list_checkpoints
 from smpconv_zoo.pretrained.home import card_in_use as checkpoint_card
+from smpconv_zoo.streaming import CausalStream
 
 __all__ = [
+    "CausalStream",
     "SMPConv1d",
     "SMPConv2d",
     "__version__",

@@ -14,7 +14,6 @@ import torch
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
-from smpconv_zoo.gpu.streams import beside, join
 from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel
 from smpconv_zoo.operators import recorded
 from smpconv_zoo.ops import (
@@ -392,12 +391,10 @@ class ActivatedPair(nn.Module):
         small: Any = self.small.conv
         if not isinstance(large, SMPConv1d | SMPConv2d) or not _unheard(large) or not _is_plain(small):
             return large(x), small(x)
-        with beside(1):
-            kernel = large.kernel_for(x)
+        kernel = large.kernel_for(x)
         if can_run_pair(x, kernel, small.weight):
             a, b = convolve_pair(x, kernel, small.weight)
             return _add_bias(a, large.bias), _add_bias(b, small.bias)
-        join(1)
         convolve = causal_conv1d if x.dim() == 3 else conv2d
         return convolve(x, kernel, large.bias), convolve(x, small.weight, small.bias)
 

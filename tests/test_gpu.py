@@ -15,6 +15,7 @@ from smpconv_zoo import layers, ops
 from smpconv_zoo.kernels import render_kernel
 from smpconv_zoo.layers import SMPConv1d
 from smpconv_zoo.models.build import sample_shape
+from smpconv_zoo.points import tap_grid
 from smpconv_zoo.training.groups import sequence_parameter_groups
 from smpconv_zoo.training.step import TrainingStep
 
@@ -159,6 +160,30 @@ def test_a_network_trains_on_the_gpu_as_in_double_precision(name, monkeypatch):
         logits, exact_logits = ours.eval()(x.to(DEVICE)), exact.model.eval()(x.double())
     # Double precision may see edges of points elsewhere.
     assert relative_error(logits.cpu(), exact_logits) < RELATIVE_ERROR["gradient"]
+
+
+@pytest.mark.parametrize(("taps", "count"), [((784,), True), ((3000,), True), ((33, 33), True), ((31, 31), False)])
+@pytest.mark.parametrize("radius", [1e-4, 0.02, 1.0])
+def test_rendering_equals_the_slow_twin(taps, count, radius):
+    torch.manual_seed(0)
+    grid = tap_grid(taps, device="cuda")
+    shared = not count
+    sets, rows = ((), 40) if shared else ((7,), 7)
+    coords = (torch.rand(*sets, 30, len(taps), device="cuda") * 2.4 - 1.2).requires_grad_()
+    radii = torch.full((*sets, 30), radius, device="cuda").requires_grad_()
+    weight = torch.randn(rows, 1 if shared else 5, 30, device="cuda").requires_grad_()
+    normalization = "count" if count else "sum"
+    ours = render_kernel(coords, radii, weight, grid, normalization, "scatter")
+    slow = render_kernel(coords, radii, weight, grid, normalization, "dense")
+    assert torch.equal(ours != 0, slow != 0)
+    upstream = torch.randn_like(ours)
+    found = torch.autograd.grad(ours, (coords, radii, weight), upstream)
+    expected = torch.autograd.grad(slow, (coords, radii, weight), upstream)
+    if slow.abs().max() > 0:
+        assert relative_error(ours.detach().cpu(), slow.detach().cpu()) < 1e-6
+        for gradient, reference in zip(found, expected, strict=True):
+            # The slow twin's own float32 sums, over up to 3,000 taps of both signs, are no better.
+            assert relative_error(gradient.cpu(), reference.cpu()) < 1e-5
 
 
 def trained(name, steps, graph, move=None, change=None):

@@ -26,6 +26,7 @@ ORDER = (
     ("layers",),
     ("pretrained",),
     ("models",),
+    ("streaming",),
     ("checkpoints",),
     ("catalogue",),
     ("data",),
@@ -41,6 +42,7 @@ ORDER = (
 ORDER_WITHIN = {
     "gpu": (("__init__",), ("fourier", "norm", "render", "short", "streams")),
     "ops": (("reference", "fft", "norm", "short"), ("dispatch",), ("pair",), ("__init__",)),
+    "benchmarks": (("measure",), ("sequence", "synthesis"), ("__init__",)),
     "pretrained": (
         ("cards", "errors"),
         ("remap", "signing", "structure"),
@@ -59,7 +61,6 @@ ORDER_WITHIN = {
         ("__init__",),
     ),
     "training": (("augment", "groups", "recipe", "schedules", "step"), ("sequence", "image", "engine"), ("__init__",)),
-    "benchmarks": (("measure",), ("sequence", "synthesis"), ("__init__",)),
 }
 
 
@@ -216,5 +217,5 @@ def test_public_names_exist_and_are_documented(path: Path) -> None:
 def test_the_front_page_is_small() -> None:
     import smpconv_zoo
 
-    assert sorted(smpconv_zoo.__all__) == smpconv_zoo.__all__ and len(smpconv_zoo.__all__) <= 10
+    assert sorted(smpconv_zoo.__all__) == smpconv_zoo.__all__ and len(smpconv_zoo.__all__) <= 11
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.\w+)?", smpconv_zoo.__version__)

@@ -56,7 +56,7 @@ def _fold_kernel(
 
 @triton.jit
 def _unfold_kernel(
-    z, y, start_h, start_w, scale, H, W, NH, NW, BLOCK: tl.constexpr,
+    z, y, other, start_h, start_w, scale, H, W, NH, NW, OTHER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     index = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     row = tl.program_id(0).to(tl.int64)
@@ -77,6 +77,8 @@ def _unfold_kernel(
     s = tl.sin(angle)
     # v = (real + i imag) (c + i s) = y[t] - i y[t + n]
     value = tl.where(far, -(real * s + imag * c), real * c - imag * s) * sign
+    if OTHER:
+        value += tl.load(other + row * H * W + index, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + row * H * W + index, value.to(y.dtype.element_ty), mask=inside)
 
 
@@ -149,7 +151,9 @@ def fold(x: Tensor, sizes: tuple[int, int], flip: bool = False) -> Tensor:
     return z
 
 
-def unfold(z: Tensor, start: tuple[int, int], size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def unfold(
+    z: Tensor, start: tuple[int, int], size: tuple[int, int], dtype: torch.dtype, other: Tensor | None = None
+) -> Tensor:
     """Inverse of :func:`fold` after an unscaled inverse FFT: complex64 ``(rows, columns, NH, NW)`` -> real.
 
     Args:
@@ -157,6 +161,7 @@ def unfold(z: Tensor, start: tuple[int, int], size: tuple[int, int], dtype: torc
         start: First place wanted along both axes; negative ones are those before the first.
         size: ``(H, W)`` places wanted.
         dtype: Type of the result.
+        other: To be added, contiguous, of as many elements as the result.
 
     Returns:
         ``(rows, columns, H, W)``.
@@ -165,7 +170,8 @@ def unfold(z: Tensor, start: tuple[int, int], size: tuple[int, int], dtype: torc
     y = torch.empty(rows, columns, *size, dtype=dtype, device=z.device)
     block = 256 if size[0] * size[1] <= 2048 else 1024
     _unfold_kernel[(rows * columns, cdiv(size[0] * size[1], block))](
-        torch.view_as_real(z), y, *start, 1.0 / (nh * nw), *size, nh, nw, BLOCK=block, num_warps=4,
+        torch.view_as_real(z), y, y if other is None else other, *start, 1.0 / (nh * nw), *size, nh, nw,
+        OTHER=other is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return y
 
@@ -198,7 +204,11 @@ def contract(
     strides_a = (a.shape[1] * n_f, n_f)
     strides_b = (b.shape[1] * n_f, n_f)
     # Few frequencies make few threads: smaller tiles, and more loads under way in each.
-    block_a, block_b, block_f, warps, unroll = (4, 4, 32, 1, 5) if n_f <= 4096 else (8, 8, 32, 1, 2)
+    block_a, block_b, block_f, warps, unroll = 4, 4, 32, 1, 5
+    if n_f > 4096:
+        block_a, block_b, block_f, warps, unroll = 8, 8, 32, 1, 2
+    elif n_f > 256 and n_c <= 32:
+        block_a, block_b, block_f, warps, unroll = 8, 16, 32, 4, 3
     grid = (cdiv(n_a, block_a) * cdiv(n_b, block_b), cdiv(n_f, block_f))
     _contract_kernel[grid](
         a.view(torch.int64), b.view(torch.int64), c.view(torch.int64), n_a, n_b, n_c, n_f,

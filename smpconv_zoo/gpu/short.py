@@ -74,7 +74,7 @@ def _tap_weight_kernel(
     grad, x, partial, N, I, O, H, W, first_h, first_w, SPLIT: tl.constexpr, TAPS_W: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """partial[split, k, o, i] = sum over a share of (n, h, w) of grad[n, o, h, w] x[n, i, h + first_h + kh, ...]"""
+    """partial[split, k, o, i] = sum over a share of (n, h, w) of grad[n, o, h, w] x[n, i, h + first_h + kh, ..]"""
     split = tl.program_id(0)
     k = tl.program_id(1)
     i = tl.arange(0, BLOCK_I)

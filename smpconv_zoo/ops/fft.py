@@ -21,7 +21,7 @@ in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -136,11 +136,19 @@ class Folded:
         folded = fold(x.unsqueeze(2) if x.dim() == 3 else x, self.points, flip)
         return torch.fft.fft(folded) if self.points[0] == 1 else torch.fft.fft2(folded)
 
-    def read(self, spectrum: Tensor, start: tuple[int, int], size: tuple[int, int], like: Tensor) -> Tensor:
+    def read(
+        self,
+        spectrum: Tensor,
+        start: tuple[int, int],
+        size: tuple[int, int],
+        like: Tensor,
+        other: Callable[[], Tensor | None] | None = None,
+    ) -> Tensor:
         from smpconv_zoo.gpu.fourier import unfold
 
         inverse = torch.fft.ifft if self.points[0] == 1 else torch.fft.ifft2
-        y = unfold(inverse(spectrum, norm="forward"), start, size, like.dtype)
+        lines = inverse(spectrum, norm="forward")
+        y = unfold(lines, start, size, like.dtype, None if other is None else other())
         return y.squeeze(2) if like.dim() == 3 else y
 
     def output(self, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
@@ -148,12 +156,15 @@ class Folded:
 
         return self.read(contract(x, weight, 1, 1), self.future, self.size, like)
 
-    def input_gradient(self, grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
+    def input_gradient(
+        self, grad: Tensor, weight: Tensor, like: Tensor, other: Callable[[], Tensor | None] | None = None
+    ) -> Tensor:
+        """The gradient, plus what ``other`` gives when it is asked at the end."""
         from smpconv_zoo.gpu.fourier import contract
 
         # The adjoint of "place t + future": what comes before the first place lies at the end.
         start = (-self.future[0], -self.future[1])
-        return self.read(contract(grad, weight, 1, 0, conjugate_b=True), start, self.size, like)
+        return self.read(contract(grad, weight, 1, 0, conjugate_b=True), start, self.size, like, other)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, like: Tensor) -> Tensor:
         from smpconv_zoo.gpu.fourier import contract

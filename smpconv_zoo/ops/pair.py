@@ -76,6 +76,7 @@ class _ConvolvePair(torch.autograd.Function):
         with beside(0):
             if to_x:
                 of_small = short_convolve_input(grad_small, small)
+        with beside(2):
             if to_small:
                 gradient_small = short_convolve_weight(grad_small, x, tuple(small.shape[2:]))
         spectrum = folded.spectrum(grad_large)
@@ -87,10 +88,13 @@ class _ConvolvePair(torch.autograd.Function):
         if to_x:
             if spectrum_large is None:
                 spectrum_large = folded.spectrum(large, flip=True)
-            gradient_x = folded.input_gradient(spectrum, spectrum_large, x)
-        join(0, 1)
-        if gradient_x is not None and of_small is not None:
-            gradient_x += of_small
+
+            def ready() -> Tensor | None:
+                join(0)
+                return of_small
+
+            gradient_x = folded.input_gradient(spectrum, spectrum_large, x, ready)
+        join(0, 1, 2)
         return gradient_x, gradient_large, gradient_small
 
 

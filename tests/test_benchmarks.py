@@ -1,0 +1,93 @@
+"""The benchmarks: what they compare computes the same, they count right, and what they write. Never a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from typer.testing import CliRunner
+
+from smpconv_zoo.benchmarks import measure, sequence, synthesis
+from smpconv_zoo.cli import app
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["smpconv_tcn_chartraj", "smpconv_tcn_speech_mfcc", "smpconv_resnet_cifar"])
+def test_the_peer_computes_the_same_network(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name).eval()
+    x = torch.randn(2, *model.default_cfg["input_size"]) if "resnet" in name else torch.randn(2, model.in_chans, 90)
+    with torch.no_grad():
+        expected, y = model(x), sequence._peer(model)(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_peer_renders_every_tap_and_takes_no_short_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    dense = sequence.render_kernel_reference
+
+    def counted(*arguments: object) -> torch.Tensor:
+        kernel = dense(*arguments)  # type: ignore[arg-type]
+        sizes.append(kernel.shape[2])
+        return kernel
+
+    monkeypatch.setattr(sequence, "render_kernel_reference", counted)
+    model = timm.create_model("smpconv_tcn_chartraj").eval()
+    with torch.no_grad():
+        sequence._peer(model)(torch.randn(1, 3, 182))
+    assert sizes == [182] * 12
+
+
+def test_peak_bytes_counts_what_is_alive_at_once() -> None:
+    def one_after_another() -> None:
+        for _ in range(3):
+            torch.zeros(1000) + 1
+
+    def all_at_once() -> None:
+        kept = [torch.zeros(1000) for _ in range(3)]
+        kept[0].view(10, 100).add_(1)
+
+    assert measure.peak_bytes(one_after_another, CPU) == 8000
+    assert measure.peak_bytes(all_at_once, CPU) == 12000
+
+
+def test_touched_pairs_are_counted() -> None:
+    layer = synthesis.SMPConv1d(2, 2, 5, n_points=1, init_radius=0.6)
+    with torch.no_grad():
+        layer.coords.zero_()
+    # Taps at -1, -0.5, 0, 0.5, 1: three of five within 0.6 of the middle.
+    assert synthesis._touched(layer) == pytest.approx(3 / 5)
+
+
+def test_sequence_command(tmp_path: Path) -> None:
+    out = tmp_path / "sequence.json"
+    arguments = ["bench", "sequence", "smpconv_tcn_chartraj", "--batch-size", "2", "--repeats", "1", "--out", str(out)]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    entry = json.loads(out.read_text())
+    (result,) = entry["results"]
+    assert result["network"] == "smpconv_tcn_chartraj" and result["shape"] == [2, 3, 182]
+    assert result["train_ms"] > 0 and result["peer_train_ms"] > 0 and result["train_graph_ms"] is None
+    assert entry["versions"]["torch"] == torch.__version__ and entry["hardware"]
+    assert "smpconv_tcn_chartraj" in done.stdout and " x" in done.stdout
+
+
+def test_synthesis_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(synthesis, "_LENGTHS", ((161, 0.012),))
+    monkeypatch.setattr(synthesis, "_MAPS", ((8, 13),))
+    monkeypatch.setattr(synthesis, "_RADII", (1.0,))
+    done = CliRunner().invoke(app, ["bench", "synthesis", "--repeats", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    entry = json.loads(done.stdout)
+    assert [result["kernel"] for result in entry["results"]][:2] == ["30 x 30 x 161", "8 x 1 x 13 x 13"]
+    assert all(result["scatter_forward_ms"] > 0 and result["dense_bytes"] > 0 for result in entry["results"])
+
+
+def test_unknown_networks_are_named() -> None:
+    done = CliRunner().invoke(app, ["bench", "sequence", "smpconv_t"])
+    assert done.exit_code == 1
+    assert "smpconv_t: no network of a sequence task" in str(done.exception)
