@@ -158,7 +158,7 @@ def test_folded_convolution_as_an_operation(
 
 
 def test_folded_convolution_of_many_frequencies() -> None:
-    # Other tiles, other blocks; more channels than one tile holds.
+    # Other tiles and blocks; more channels than one tile holds.
     taps = (3300,)
     x, weight = draw(1, 2, 5000), draw(9, 2, *taps, seed=1)
     assert Folded((5000,), taps, [0]).points[1] > 4096
@@ -199,8 +199,11 @@ def test_unfolding_undoes_folding() -> None:
 
 @pytest.mark.parametrize("sums", [(0, 0), (0, 1), (1, 0), (1, 1)])
 @pytest.mark.parametrize("conjugates", [(False, False), (True, False), (False, True), (True, True)])
-def test_products_of_spectra(sums: tuple[int, int], conjugates: tuple[bool, bool]) -> None:
-    r, s, k, f = 5, 6, 7, (3, 11)
+@pytest.mark.parametrize(
+    "f", [(3, 11), (1, 300)]
+)  # tiles of two shapes; test_folded_convolution_of_many_frequencies has a third
+def test_products_of_spectra(f: tuple[int, int], sums: tuple[int, int], conjugates: tuple[bool, bool]) -> None:
+    r, s, k = 5, 6, 7
     shapes = [(k, n) if axis == 0 else (n, k) for n, axis in zip((r, s), sums, strict=True)]
     a, b = (torch.complex(draw(*shape, *f), draw(*shape, *f, seed=1)) for shape in shapes)
     c = fourier.contract(a, b, *sums, *conjugates)
@@ -250,14 +253,14 @@ def test_rendering(
     assert_renders_as_the_twin(points, normalization, render)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @given(points=any_points(1, [torch.float32]))
 def test_rendering_any_points_in_1d(points: Points, normalization: str) -> None:
     assert_renders_as_the_twin(points, normalization, render)
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
 @given(points=any_points(2, [torch.float32]))
 def test_rendering_any_points_in_2d(points: Points, normalization: str) -> None:
