@@ -199,9 +199,8 @@ def test_unfolding_undoes_folding() -> None:
 
 @pytest.mark.parametrize("sums", [(0, 0), (0, 1), (1, 0), (1, 1)])
 @pytest.mark.parametrize("conjugates", [(False, False), (True, False), (False, True), (True, True)])
-@pytest.mark.parametrize(
-    "f", [(3, 11), (1, 300)]
-)  # tiles of two shapes; test_folded_convolution_of_many_frequencies has a third
+# Tiles of two shapes; test_folded_convolution_of_many_frequencies has the third.
+@pytest.mark.parametrize("f", [(3, 11), (1, 300)])
 def test_products_of_spectra(f: tuple[int, int], sums: tuple[int, int], conjugates: tuple[bool, bool]) -> None:
     r, s, k = 5, 6, 7
     shapes = [(k, n) if axis == 0 else (n, k) for n, axis in zip((r, s), sums, strict=True)]
