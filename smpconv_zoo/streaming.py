@@ -51,8 +51,8 @@ class CausalStream:
     ``taps = max(large.reach(), small_kernel_size)`` of ``(out, in)`` each, whatever the kernel size. For the signal,
     ``state_bytes``, whatever its length: the last ``taps - 1`` inputs of every pair, ``(N, in, taps - 1)``, in the
     dtype of the weights; for the pooling "avg" a sum in double precision and for "max" a maximum, ``(N,
-    num_features)``. What a piece takes in time
-    and passing memory depends on its own size and on ``taps``, not on what went before.
+    num_features)``. What a piece takes in time and passing memory depends on its own size and on ``taps``, not on
+    what went before.
 
     Args:
         model: The network, in eval mode.
