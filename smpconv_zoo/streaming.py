@@ -24,9 +24,10 @@ from smpconv_zoo.ops import causal_conv1d
 
 __all__ = ["CausalStream"]
 
-# On CPU, pieces of so many samples are convolved directly, longer ones as `causal_conv1d` chooses: timed with 30
-# channels, the FFT catches up between 64 and 256 samples, whether the kernel has 182 or 3,000 taps.
-_DIRECT_SAMPLES = 64
+# On CPU, pieces of so many samples (those of a batch together) are convolved directly, larger ones as `causal_conv1d`
+# chooses: timed with 30 channels, the FFT catches up between 500 and 1,000 samples, whether the kernel has 182 taps or
+# 3,000, since it transforms the kernel at every piece.
+_DIRECT_SAMPLES = 512
 # Taps that are summed at once: PyTorch adds up a long direct convolution term by term, and loses a digit.
 _DIRECT_TAPS = 256
 
@@ -50,8 +51,8 @@ class CausalStream:
     ``taps = max(large.reach(), small_kernel_size)`` of ``(out, in)`` each, whatever the kernel size. For the signal,
     ``state_bytes``, whatever its length: the last ``taps - 1`` inputs of every pair, ``(N, in, taps - 1)``, in the
     dtype of the weights; for the pooling "avg" a sum in double precision and for "max" a maximum, ``(N,
-    num_features)``. A piece of ``l`` samples takes time and passing memory in proportion to ``l + taps``, up to the
-    logarithm of a transform.
+    num_features)``. What a piece takes in time and passing memory depends on its own size and on ``taps``, not on
+    what went before.
 
     Args:
         model: The network, in eval mode.

@@ -14,6 +14,7 @@ from tolerances import assert_equal_to_reference
 from torch import Tensor, nn
 
 import smpconv_zoo
+from smpconv_zoo import streaming
 from smpconv_zoo.data.mnist5k import mnist5k_sequences
 from smpconv_zoo.kernels import render_kernel_reference
 from smpconv_zoo.layers import CausalConv1d, SMPConv1d
@@ -104,12 +105,20 @@ def check(model: SMPConvTCN, x: Tensor, sizes: list[int]) -> None:
 # --- pieces are the whole
 
 
+@pytest.fixture(params=["directly", "by causal_conv1d"])
+def both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Either way to convolve a piece, whatever its size."""
+    monkeypatch.setattr(streaming, "_DIRECT_SAMPLES", 10**9 if request.param == "directly" else 0)
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sizes", [[1], [3], [7, 1, 13], [64, 65], [10_000]], ids=str)
 @pytest.mark.parametrize("name", SHORT)
 def test_pieces_give_the_whole(name: str, sizes: list[int]) -> None:
     model = build(name)
     for length in (1, 5, 2 * model.blocks[0].conv1.large.conv.kernel_size[0] + 3):
-        check(model, signal(2, model.in_chans, length), sizes if length < 500 or sizes != [1] else [2])
+        # One sample at a time is slow where the kernel is long.
+        check(model, signal(2, model.in_chans, length), sizes if length < 500 or sizes[0] > 5 else [39, *sizes])
 
 
 MODELS = {pool: build(global_pool=pool) for pool in POOLS}
@@ -162,6 +171,7 @@ def float64_error(model: SMPConvTCN, sizes: list[int]) -> float:
         return float((features_in_pieces(model, x, sizes) - whole).abs().max() / whole.abs().max())
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("sizes", [[1], [5], [3, 80], [130]], ids=str)
 def test_double_precision(sizes: list[int]) -> None:
     assert float64_error(build(dtype=torch.float64), sizes) < FLOAT64
