@@ -145,7 +145,7 @@ class _Touched:
 
 
 def _touched_taps(coords: Tensor, radius: Tensor, grid: Tensor, limit: float) -> _Touched | None:
-    """Which taps each point touches; None if there are more than ``limit`` or the grid is not one of rows and columns.
+    """Which taps each point touches; None if they are more than ``limit``, or points or grid are not such as to tell.
 
     Args:
         coords: ``(sets, points, d)``.
@@ -154,7 +154,8 @@ def _touched_taps(coords: Tensor, radius: Tensor, grid: Tensor, limit: float) ->
         limit: Pairs to visit at most.
     """
     axes = _axes(grid) if limit > 0 else None
-    if axes is None:
+    # No number, or no positive radius: that is no tent, and what it gives the dense rendering says.
+    if axes is None or not bool((radius > 0).all()) or bool(coords.isnan().any()):
         return None
     dims = len(axes)
     first, number = [], []

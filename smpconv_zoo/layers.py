@@ -24,12 +24,10 @@ from smpconv_zoo.ops import (
     depthwise_conv2d,
     norm_sum,
     reachable_same,
+    unheard,
     why_not_fused,
 )
 from smpconv_zoo.points import tap_grid, tap_spacing
-
-# Kernels of fewer taps are convolved whole on a GPU: to ask for the positions of their points would take longer.
-_MEASURED_TAPS_CUDA = 4096
 
 __all__ = [
     "ActivatedPair",
@@ -41,6 +39,9 @@ __all__ = [
     "clip_radius_",
     "parameter_roles",
 ]
+
+# Kernels of fewer taps are convolved whole on a GPU: to ask for the positions of their points would take longer.
+_MEASURED_TAPS_CUDA = 4096
 
 
 class _PointKernel(nn.Module):
@@ -275,7 +276,9 @@ class SMPConv1d(_PointKernel):
     def reach(self) -> int:
         """How many of the newest taps hold everything: no point touches an older one. Waits for the GPU, if on one."""
         with torch.no_grad():
-            oldest = (self.coords[..., 0] - self.radius).min()
+            # What is no tent may reach anywhere.
+            tent = (self.radius > 0) & ~self.coords[..., 0].isnan()
+            oldest = torch.where(tent, self.coords[..., 0] - self.radius, -torch.inf).min()
             taps = self.kernel_size[0]
             # One tap more: whether the tap at the very edge is touched is for the rendering to decide.
             first = int(torch.searchsorted(self.grid[0].contiguous(), oldest)) - 1
@@ -389,19 +392,18 @@ class ActivatedPair(nn.Module):
     def _convolve_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         large: Any = self.large.conv
         small: Any = self.small.conv
-        if not isinstance(large, SMPConv1d | SMPConv2d) or not _unheard(large) or not _is_plain(small):
+        if not isinstance(large, SMPConv1d | SMPConv2d) or not unheard(large) or not _is_plain(small):
             return large(x), small(x)
         kernel = large.kernel_for(x)
         if can_run_pair(x, kernel, small.weight):
-            a, b = convolve_pair(x, kernel, small.weight)
-            return _add_bias(a, large.bias), _add_bias(b, small.bias)
+            return convolve_pair(x, kernel, small.weight, large.bias, small.bias)
         convolve = causal_conv1d if x.dim() == 3 else conv2d
         return convolve(x, kernel, large.bias), convolve(x, small.weight, small.bias)
 
     @torch.jit.unused
     def _fused(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """The same with the tail in one operator, or None where that cannot run."""
-        if not x.is_cuda or any(m._forward_hooks or m._forward_pre_hooks for m in (self.large, self.small)):
+        if not (x.is_cuda and unheard(self.large) and unheard(self.small)):
             return None
         a, b = self._convolve_both(x)
         if why_not_fused(a, b, self.large.norm, self.small.norm) is not None:
@@ -410,17 +412,10 @@ class ActivatedPair(nn.Module):
         return norm_sum(a, b, self.large.norm, self.small.norm, self.relu, drop_rate, residual)
 
 
-def _unheard(module: nn.Module) -> bool:
-    """Whether nobody listens to a module, so that its work may be done elsewhere."""
-    return not (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def _is_plain(conv: nn.Module) -> bool:
     """Whether a convolution is one that the dispatcher knows: stride 1, output as large as the input."""
     if type(conv) is CausalConv1d:
-        return _unheard(conv)
+        return unheard(conv)
     return (
         type(conv) is nn.Conv2d
         and conv.stride == conv.dilation == (1, 1)
@@ -428,12 +423,8 @@ def _is_plain(conv: nn.Module) -> bool:
         and conv.kernel_size[0] % 2 == conv.kernel_size[1] % 2 == 1
         and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
         and conv.padding_mode == "zeros"
-        and _unheard(conv)
+        and unheard(conv)
     )
-
-
-def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + bias.view(-1, *[1] * (y.dim() - 2))
 
 
 def clip_radius_(model: nn.Module) -> None:

@@ -274,6 +274,17 @@ def test_whether_a_tap_on_the_edge_is_touched(axes: int) -> None:
     torch.testing.assert_close(ours, twins, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_points", [9, 40])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("what", ["coords", "radius"])
+def test_what_is_not_a_number_does_not_vanish_from_a_kernel(what: str, normalization: str, n_points: int) -> None:
+    points = random_points((70,), n_points=n_points)
+    getattr(points, what)[1, 2] = torch.nan
+    arguments = [tensor.to(DEVICE) for tensor in (points.coords, points.radius, points.weight, points.grid)]
+    kernel = gpu_render.render(*arguments, normalization == "count")
+    assert kernel[1].isnan().all() and not kernel[0].isnan().any() and not kernel[2].isnan().any()
+
+
 def test_rendering_of_any_grid() -> None:
     # The kernels know of no rows and columns.
     points = random_points((5, 6), radius=(0.2, 0.9))
@@ -317,9 +328,9 @@ def test_few_taps_of_tensors_in_any_layout() -> None:
 
 def pair_twins() -> dict[int, Callable[..., tuple[Tensor, ...]]]:
     """What the docstring says a pair is equal to, for sequences and for maps."""
-    (expression,) = re.findall(r"Equivalent to ``(.+?)``", inspect.getdoc(convolve_pair) or "")
+    (expression,) = re.findall(r"Equivalent to\s``(.+?)``", inspect.getdoc(convolve_pair) or "")
     return {
-        rank: eval(f"lambda x, large, small: {expression}", {"causal_conv1d": twin})
+        rank: eval(f"lambda x, large, small, large_bias=None, small_bias=None: {expression}", {"causal_conv1d": twin})
         for rank, twin in ((3, causal_conv1d_reference), (4, conv2d_reference))
     }
 
@@ -335,8 +346,11 @@ def test_pair(
     import smpconv_zoo.ops.pair as pair
 
     monkeypatch.setattr(pair, "keeps_spectra", lambda x, weight, way: kept)
-    inputs = draw(2, 3, *size), draw(4, 3, *large, seed=1), draw(4, 3, *small, seed=2)
-    assert_same(convolve_pair, pair_twins()[2 + len(size)], *inputs, order=2 if kept else 1)
+    inputs = draw(2, 3, *size), draw(4, 3, *large, seed=1), draw(4, 3, *small, seed=2), draw(4), draw(4, seed=1)
+    twin = pair_twins()[2 + len(size)]
+    assert_same(convolve_pair, twin, *inputs)
+    # A bias has no second derivative.
+    assert_same(convolve_pair, twin, *inputs[:3], order=2 if kept else 1)
 
 
 @pytest.mark.parametrize("wanted", range(3))
@@ -451,6 +465,19 @@ def test_norms_in_evaluation(shape: tuple[int, ...], relu: bool, residual: bool)
     for ours, twin in ((norm_a, twin_a), (norm_b, twin_b)):
         before = twin.state_dict()
         assert all(torch.equal(exact(value), before[name].double()) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_not_a_number_goes_through_the_norms(training: bool, residual: bool) -> None:
+    a, b = draw(3, 4, 20), draw(3, 4, 20, seed=1)
+    a[1, 2, 3] = torch.nan
+    norms = [nn.BatchNorm1d(4).to(DEVICE).train(training) for _ in range(2)]
+    with torch.no_grad():
+        out = norm_sum(a, b, *norms, relu=True, residual=draw(3, 4, 20, seed=2) if residual else None)
+    # In training the statistics of the channel are none, in evaluation the place alone.
+    assert out[:, 2].isnan().all() if training else out[1, 2, 3].isnan() and out.isnan().sum() == 1
+    assert not out[:, [0, 1, 3]].isnan().any()
 
 
 def test_dropping_everything() -> None:

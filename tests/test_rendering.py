@@ -6,6 +6,7 @@ The GPU's rendering is held to the same in `test_gpu_kernels.py`; the dense twin
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -22,9 +23,9 @@ from point_cases import (
     render_by_twin,
 )
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from smpconv_zoo import kernels
+from smpconv_zoo.benchmarks import measure
 from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel, render_kernel_reference
 from smpconv_zoo.layers import SMPConv1d, SMPConv2d
 from smpconv_zoo.points import tap_grid
@@ -401,21 +402,45 @@ def test_transforms_of_torch_func_see_through_it() -> None:
     torch.testing.assert_close(y, torch.stack((layer(x), 2 * layer(x))))
 
 
+# --- what is no tent
+
+
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("radius", [0.2, 0.0, -0.3, math.nan])
+@pytest.mark.parametrize("position", [0.0, math.nan])
+@pytest.mark.parametrize("size", [(9,), (5, 7)])
+def test_what_is_no_tent_gives_what_the_twin_gives(
+    size: tuple[int, ...], position: float, radius: float, normalization: str
+) -> None:
+    points = random_points(size)
+    points.coords[1, 2], points.radius[1, 2] = position, radius
+    arguments = (points.coords, points.radius, points.weight, points.grid, normalization)
+    ours, twin = render_kernel(*arguments, "scatter"), render_kernel_reference(*arguments)
+    torch.testing.assert_close(ours, twin, equal_nan=True)
+    if math.isnan(position) or math.isnan(radius):
+        assert ours[1].isnan().all() and not ours[0].isnan().any()
+
+
+@pytest.mark.parametrize(("coord", "radius"), [(0.9, 0.0), (0.9, -0.1), (0.9, math.nan), (math.nan, 0.1)])
+def test_a_layer_reaches_all_the_way_for_what_is_no_tent(coord: float, radius: float) -> None:
+    layer = SMPConv1d(1, 1, 50, n_points=3)
+    with torch.no_grad():
+        layer.coords[0, 1], layer.radius[0, 1] = coord, radius
+    assert layer.reach() == 50
+
+
 # --- memory
 
 
 def peak_bytes(points: Points, renderer: str) -> int:
-    """Most bytes that were allocated at once between the leaves and the gradients, the kernel's own not counted."""
+    """Most bytes alive at once between the leaves and the gradients, the kernel's own not counted."""
     leaves = points.leaves()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def render_and_differentiate() -> None:
         kernel = render_kernel(*leaves, points.grid, "count", renderer)
         torch.autograd.grad(kernel, leaves, points.upstream)
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most - kernel.numel() * kernel.element_size()
+
+    return measure.peak_bytes(render_and_differentiate, torch.device("cpu")) - points.upstream.nbytes
 
 
 def test_memory_grows_with_touched_taps() -> None:

@@ -14,6 +14,7 @@ from smpconv_zoo.pretrained.store import read_safetensors
 from smpconv_zoo.training import sequence
 from smpconv_zoo.training.augment import augment_digits
 from smpconv_zoo.training.recipe import Recipe, list_recipes, load_recipe, parse_overrides
+from smpconv_zoo.training.step import TrainingStep
 
 TINY = {"network": "test_smpconv_tcn", "epochs": 2, "warmup_epochs": 1, "lr": 3e-3}
 
@@ -174,3 +175,8 @@ def _few_images(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
     images, labels = mnist5k_images(split)
     return images[:: len(images) // 150][:150], labels[:: len(labels) // 150][:150]
+
+
+def test_a_captured_step_needs_a_gpu():
+    with pytest.raises(ValueError, match="a CUDA graph needs a GPU, the model is on cpu"):
+        TrainingStep(torch.nn.Linear(2, 2), [], (1, 2), torch.device("cpu"), graph=True)

@@ -60,10 +60,10 @@ class _LiveTensors(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {_identity(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and (key := id_of(leaf)) not in self._known | given:
+            if isinstance(leaf, Tensor) and (key := _identity(leaf)) not in self._known | given:
                 storage = leaf.untyped_storage()
                 size = storage.nbytes()
                 self._known.add(key)
@@ -77,8 +77,8 @@ class _LiveTensors(TorchDispatchMode):
         self._bytes -= size
 
 
-def id_of(tensor: Tensor) -> int:
-    """Identity of a tensor's storage."""
+def _identity(tensor: Tensor) -> int:
+    """Of a tensor's storage."""
     return tensor.untyped_storage()._cdata
 
 

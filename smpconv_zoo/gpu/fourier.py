@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smpconv_zoo.gpu import cdiv
+from smpconv_zoo.gpu import cdiv, on_the_device_of_tensors
 
 __all__ = ["contract", "fold", "unfold"]
 
@@ -130,6 +130,7 @@ def _contract_kernel(
     tl.store(at_c, pair, mask=keep)
 
 
+@on_the_device_of_tensors
 def fold(x: Tensor, sizes: tuple[int, int], flip: bool = False) -> Tensor:
     """Real ``(rows, columns, H, W)`` -> complex64 ``(rows, columns, NH, NW)``, ready for the FFT of the last two.
 
@@ -151,6 +152,7 @@ def fold(x: Tensor, sizes: tuple[int, int], flip: bool = False) -> Tensor:
     return z
 
 
+@on_the_device_of_tensors
 def unfold(
     z: Tensor, start: tuple[int, int], size: tuple[int, int], dtype: torch.dtype, other: Tensor | None = None
 ) -> Tensor:
@@ -176,6 +178,7 @@ def unfold(
     return y
 
 
+@on_the_device_of_tensors
 def contract(
     a: Tensor,
     b: Tensor,

@@ -13,9 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smpconv_zoo.gpu import cdiv, next_power_of_2
+from smpconv_zoo.gpu import cdiv, next_power_of_2, on_the_device_of_tensors
 
 __all__ = ["norm_sum", "norm_sum_backward", "track"]
+
+
+@triton.jit
+def _clamp(x):
+    """ReLU, which leaves what is not a number as it is: a diverged training must not look sound."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -55,7 +61,7 @@ def _statistics(sums, y, c, C, S, count, SPLIT: tl.constexpr):
     at = sums + c * SPLIT + tl.arange(0, SPLIT)
     first = tl.sum(tl.load(at), axis=0) / count
     second = tl.sum(tl.load(at + C * SPLIT), axis=0) / count
-    return tl.load(y + c * S) + first, tl.maximum(second - first * first, 0.0)
+    return tl.load(y + c * S) + first, _clamp(second - first * first)
 
 
 @triton.jit
@@ -111,11 +117,11 @@ def _apply_kernel(
         y = (tl.load(a + at, mask=inside) - mean_a) * scale_a + (tl.load(b + at, mask=inside) - mean_b) * scale_b
         y += shift
         if RELU:
-            y = tl.maximum(y, 0.0)
+            y = _clamp(y)
         if DROP:
             y *= tl.load(mask + at, mask=inside, other=0).to(tl.float32) * drop_scale
         if RESIDUAL:
-            y = tl.maximum(y + tl.load(residual + at, mask=inside), 0.0)
+            y = _clamp(y + tl.load(residual + at, mask=inside))
         tl.store(out + at, y, mask=inside)
 
 
@@ -139,17 +145,26 @@ def _gradient(
 
 
 @triton.jit
+def _scales(saved, gamma_a, beta_a, gamma_b, beta_b, c, C, eps_a, eps_b):
+    """Means, inverse deviations and what the forward pass multiplied and added, of channel ``c``."""
+    mean_a, inverse_a = tl.load(saved + c), 1 / tl.sqrt_rn(tl.load(saved + C + c) + eps_a)
+    mean_b, inverse_b = tl.load(saved + 2 * C + c), 1 / tl.sqrt_rn(tl.load(saved + 3 * C + c) + eps_b)
+    scale_a = inverse_a * tl.load(gamma_a + c)
+    scale_b = inverse_b * tl.load(gamma_b + c)
+    shift = tl.load(beta_a + c) + tl.load(beta_b + c)
+    return mean_a, inverse_a, mean_b, inverse_b, scale_a, scale_b, shift
+
+
+@triton.jit
 def _backward_sums_kernel(
     a, b, grad, out, mask, sums, gamma_a, beta_a, gamma_b, beta_b, saved, N, C, S, eps_a, eps_b, drop_scale,
     RELU: tl.constexpr, DROP: tl.constexpr, RESIDUAL: tl.constexpr, SPLIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0)
     split = tl.program_id(1)
-    mean_a, inverse_a = tl.load(saved + c), 1 / tl.sqrt_rn(tl.load(saved + C + c) + eps_a)
-    mean_b, inverse_b = tl.load(saved + 2 * C + c), 1 / tl.sqrt_rn(tl.load(saved + 3 * C + c) + eps_b)
-    scale_a = inverse_a * tl.load(gamma_a + c)
-    scale_b = inverse_b * tl.load(gamma_b + c)
-    shift = tl.load(beta_a + c) + tl.load(beta_b + c)
+    mean_a, inverse_a, mean_b, inverse_b, scale_a, scale_b, shift = _scales(
+        saved, gamma_a, beta_a, gamma_b, beta_b, c, C, eps_a, eps_b
+    )
     g0 = tl.zeros([BLOCK], tl.float32)
     ga = tl.zeros([BLOCK], tl.float32)
     gb = tl.zeros([BLOCK], tl.float32)
@@ -179,11 +194,9 @@ def _backward_apply_kernel(
 ):  # fmt: skip
     c = tl.program_id(0)
     part = tl.program_id(1)
-    mean_a, inverse_a = tl.load(saved + c), 1 / tl.sqrt_rn(tl.load(saved + C + c) + eps_a)
-    mean_b, inverse_b = tl.load(saved + 2 * C + c), 1 / tl.sqrt_rn(tl.load(saved + 3 * C + c) + eps_b)
-    scale_a = inverse_a * tl.load(gamma_a + c)
-    scale_b = inverse_b * tl.load(gamma_b + c)
-    shift = tl.load(beta_a + c) + tl.load(beta_b + c)
+    mean_a, inverse_a, mean_b, inverse_b, scale_a, scale_b, shift = _scales(
+        saved, gamma_a, beta_a, gamma_b, beta_b, c, C, eps_a, eps_b
+    )
     at_sums = sums + c * SPLIT + tl.arange(0, SPLIT)
     sum_g = tl.sum(tl.load(at_sums), axis=0)
     sum_a = tl.sum(tl.load(at_sums + C * SPLIT), axis=0)
@@ -211,6 +224,7 @@ def _backward_apply_kernel(
         tl.store(grad_b + at, scale_b * (g - mean_g - x_b * mean_gb), mask=inside)
 
 
+@on_the_device_of_tensors
 def norm_sum(
     a: Tensor,
     b: Tensor,
@@ -258,6 +272,7 @@ def norm_sum(
     return out, saved
 
 
+@on_the_device_of_tensors
 def track(saved: Tensor, running: tuple[Tensor, ...], count: int, momentum: tuple[float, float]) -> None:
     """Update the running statistics of two norms in place.
 
@@ -272,6 +287,7 @@ def track(saved: Tensor, running: tuple[Tensor, ...], count: int, momentum: tupl
     _track_kernel[(1,)](saved, *running, channels, unbiased, *momentum, BLOCK=next_power_of_2(channels), num_warps=1)
 
 
+@on_the_device_of_tensors
 def norm_sum_backward(
     grad: Tensor,
     a: Tensor,

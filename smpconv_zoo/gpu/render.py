@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smpconv_zoo.gpu import cdiv, next_power_of_2
+from smpconv_zoo.gpu import cdiv, next_power_of_2, on_the_device_of_tensors
 
 __all__ = ["render", "render_backward"]
 
@@ -37,7 +37,9 @@ def _tents(coords, radius, grid, taps, T, in_taps, points, in_points, D: tl.cons
     distance = _distance(coords, grid, taps, T, in_taps, points, in_points, D)
     r = tl.load(radius + points, mask=in_points, other=1.0)
     # Rounded division: the support must be that of the dense rendering, tap for tap.
-    return tl.maximum(1 - tl.div_rn(distance, tl.broadcast_to(r[:, None], distance.shape)), 0.0)
+    # A position that is not a number must not pass for a point without taps, or a diverged training looks sound.
+    tent = 1 - tl.div_rn(distance, tl.broadcast_to(r[:, None], distance.shape))
+    return tl.maximum(tent, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -47,7 +49,7 @@ def _counts(coords, radius, grid, taps, T, in_taps, P, D: tl.constexpr, BLOCK_P:
     for p in range(0, P, BLOCK_P):
         points = p + tl.arange(0, BLOCK_P)
         tent = _tents(coords, radius, grid, taps, T, in_taps, points, points < P, D)
-        count += tl.sum((tent > 0).to(tl.float32), axis=0)
+        count += tl.sum((tent != 0).to(tl.float32), axis=0)
     return count
 
 
@@ -70,7 +72,7 @@ def _render_kernel(
     if SINGLE:
         in_points = points < P
         tent = _tents(coords, radius, grid, taps, T, in_taps, points, in_points, D)
-        count = tl.sum((tent > 0).to(tl.float32), axis=0)
+        count = tl.sum((tent != 0).to(tl.float32), axis=0)
         if tl.max(count, axis=0) > 0:
             if COUNT:
                 tent *= tl.div_rn(tl.full([BLOCK_T], 1.0, tl.float32), count + 1e-6)[None, :]
@@ -85,7 +87,7 @@ def _render_kernel(
             here = p + points
             in_points = here < P
             tent = _tents(coords, radius, grid, taps, T, in_taps, here, in_points, D)
-            if tl.max(tl.max(tent, axis=1), axis=0) > 0:
+            if tl.max(tl.max((tent != 0).to(tl.int32), axis=1), axis=0) > 0:
                 values = tl.load(weight + at * P + here[None, :], mask=in_rows[:, None] & in_points[None, :], other=0.0)
                 total = tl.dot(values, tent * factor[None, :], total, input_precision="ieee")
     tl.store(kernel + at * T + taps[None, :], total, mask=in_rows[:, None] & in_taps[None, :])
@@ -172,6 +174,7 @@ def _render_backward_kernel(
     tl.store(grad_radius + s * P + p, tl.sum(to_r, axis=0) / (r * r))
 
 
+@on_the_device_of_tensors
 def render(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, count: bool) -> Tensor:
     """float32 points -> kernels; shapes as in :func:`smpconv_zoo.kernels.render_kernel`, all contiguous."""
     sets, rows, points, taps, dims = _sizes(coords, weight, grid)
@@ -185,6 +188,7 @@ def render(coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, count: 
     return kernel
 
 
+@on_the_device_of_tensors
 def render_backward(
     grad: Tensor, coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, count: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from smpconv_zoo.gpu import cdiv, next_power_of_2
+from smpconv_zoo.gpu import cdiv, next_power_of_2, on_the_device_of_tensors
 
 __all__ = ["short_convolve", "short_convolve_input", "short_convolve_weight"]
 
@@ -160,6 +160,7 @@ def _weight_sum_kernel(
     tl.store(grad_weight + (o * I + i) * TAPS + k, tl.sum(total, axis=0), mask=i < I)
 
 
+@on_the_device_of_tensors
 def short_convolve(x: Tensor, weight: Tensor) -> Tensor:
     """Convolve with few taps, stride 1, output as large as the input.
 
@@ -174,12 +175,14 @@ def short_convolve(x: Tensor, weight: Tensor) -> Tensor:
     return _apply(x, weight.contiguous(), weight.shape[0], (0, 1), first_h, first_w, 1)
 
 
+@on_the_device_of_tensors
 def short_convolve_input(grad: Tensor, weight: Tensor) -> Tensor:
     """Gradient to the input, of the shape of ``x``, from ``grad`` of the shape of the output."""
     first_h, first_w = _first(weight)
     return _apply(grad, weight.contiguous(), weight.shape[1], (1, 0), -first_h, -first_w, -1)
 
 
+@on_the_device_of_tensors
 def short_convolve_weight(grad: Tensor, x: Tensor, taps: tuple[int, ...]) -> Tensor:
     """Gradient to the weight, ``(O, I, *taps)``, from ``grad`` and ``x``."""
     n, in_channels = x.shape[:2]

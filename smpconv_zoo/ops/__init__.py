@@ -1,7 +1,7 @@
 """The only doors to convolution. Slow twins in :mod:`.reference`, the choice of backend in :mod:`.dispatch`."""
 
 from smpconv_zoo.ops.dispatch import BACKENDS, causal_conv1d, conv2d, depthwise_conv2d, reachable_same, why_not
-from smpconv_zoo.ops.norm import norm_sum, why_not_fused
+from smpconv_zoo.ops.norm import norm_sum, unheard, why_not_fused
 from smpconv_zoo.ops.pair import can_run_pair, convolve_pair
 from smpconv_zoo.ops.reference import causal_conv1d_reference, conv2d_reference, depthwise_conv2d_reference
 
@@ -17,6 +17,7 @@ __all__ = [
     "depthwise_conv2d_reference",
     "norm_sum",
     "reachable_same",
+    "unheard",
     "why_not",
     "why_not_fused",
 ]

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from smpconv_zoo.gpu import why_no_triton
 from smpconv_zoo.operators import gradient_operator, operator
 
-__all__ = ["norm_sum", "why_not_fused"]
+__all__ = ["norm_sum", "unheard", "why_not_fused"]
+
+
+def unheard(module: nn.Module) -> bool:
+    """Whether nobody listens to a module by hooks, so that its work may be done elsewhere."""
+    return not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def why_not_fused(a: Tensor, b: Tensor, norm_a: nn.Module, norm_b: nn.Module) -> str | None:
@@ -32,7 +39,7 @@ def why_not_fused(a: Tensor, b: Tensor, norm_a: nn.Module, norm_b: nn.Module) ->
             return f"the fused norms are batch norms, got {type(norm).__name__}"
         if not (norm.affine and norm.track_running_stats) or norm.momentum is None:
             return "the fused norms need affine parameters, running statistics and a momentum"
-        if norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks:
+        if not unheard(norm):
             return "a norm has hooks"
         if norm.weight.dtype != torch.float32:
             return f"the fused norms have float32 parameters, got {norm.weight.dtype}"

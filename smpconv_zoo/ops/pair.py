@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from smpconv_zoo.gpu import on_the_device_of_tensors
 from smpconv_zoo.operators import recorded
+from smpconv_zoo.ops.dispatch import add_bias, causal_conv1d, conv2d
 from smpconv_zoo.ops.fft import Folded, can_fold, keeps_spectra
 from smpconv_zoo.ops.short import can_run_short, short_convolve_now
 
@@ -27,22 +29,28 @@ def can_run_pair(x: Tensor, large: Tensor, small: Tensor) -> bool:
     return large.dtype == x.dtype and can_fold(x, large) and can_run_short(x, small) is None
 
 
-def convolve_pair(x: Tensor, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
+def convolve_pair(
+    x: Tensor, large: Tensor, small: Tensor, large_bias: Tensor | None = None, small_bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Convolve ``x`` with both kernels; causal for ``(N, I, L)``, 'same' for ``(N, I, H, W)``.
 
-    Equivalent to ``(causal_conv1d(x, large), causal_conv1d(x, small))``, on maps to the same of ``conv2d``.
+    Equivalent to ``(causal_conv1d(x, large, large_bias), causal_conv1d(x, small, small_bias))``, on maps to the same of
+    ``conv2d``.
 
     Args:
         x: The input.
         large: ``(O, I, *taps)``, no further back than ``x`` is long.
         small: ``(O, I, *taps)``, few taps.
+        large_bias: ``(O,)`` or None.
+        small_bias: ``(O,)`` or None.
     """
-    result: tuple[Tensor, Tensor] = _ConvolvePair.apply(x, large, small)
-    return result
+    of_large, of_small = _ConvolvePair.apply(x, large, small)
+    return add_bias(of_large, large_bias), add_bias(of_small, small_bias)
 
 
 class _ConvolvePair(torch.autograd.Function):
     @staticmethod
+    @on_the_device_of_tensors
     def forward(ctx: Any, x: Tensor, large: Tensor, small: Tensor) -> tuple[Tensor, Tensor]:
         from smpconv_zoo.gpu.streams import beside, join
 
@@ -62,6 +70,7 @@ class _ConvolvePair(torch.autograd.Function):
         return of_large, of_small
 
     @staticmethod
+    @on_the_device_of_tensors
     def backward(ctx: Any, grad_large: Tensor, grad_small: Tensor) -> tuple[Tensor | None, ...]:
         from smpconv_zoo.gpu.short import short_convolve_input, short_convolve_weight
         from smpconv_zoo.gpu.streams import beside, join
@@ -101,8 +110,6 @@ class _ConvolvePair(torch.autograd.Function):
 def _differentiable_gradients(
     ctx: Any, x: Tensor, large: Tensor, small: Tensor, grad_large: Tensor, grad_small: Tensor
 ) -> tuple[Tensor | None, ...]:
-    from smpconv_zoo.ops.dispatch import causal_conv1d, conv2d
-
     convolve = causal_conv1d if x.dim() == 3 else conv2d
     inputs = [x, large, small]
     y = (convolve(x, large, backend="fft"), convolve(x, small, backend="short"))

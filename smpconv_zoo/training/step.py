@@ -2,7 +2,8 @@
 
 Launching the small kernels of a sequence network one by one takes longer than running them; a captured step is launched
 whole. Its transforms have the length that the points needed when it was captured, and some to spare; should a point
-move out of that, the step is captured again before it is taken again.
+move out of that, the step is captured again before it is taken again. Points that are moved from outside are noticed as
+well, unless through ``.data``.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ class TrainingStep:
         device: Where the model is.
         input_drop_rate: Dropout of the input.
         graph: Whether to capture the step in a CUDA graph; None for wherever there is a GPU.
+
+    Raises:
+        ValueError: A graph is asked for where there is no GPU.
     """
 
     def __init__(
@@ -46,6 +50,8 @@ class TrainingStep:
         self.input_drop_rate = input_drop_rate
         on_gpu = device.type == "cuda"
         self.graphed = on_gpu if graph is None else graph
+        if self.graphed and not on_gpu:
+            raise ValueError(f"a CUDA graph needs a GPU, the model is on {device}: leave graph=None")
         if self.graphed:
             # A captured step reads its rates from memory, where a schedule can change them.
             for group in groups:
