@@ -49,7 +49,7 @@ def short_convolve_now(x: Tensor, weight: Tensor) -> Tensor:
     from smpconv_zoo.gpu.short import short_convolve
 
     if x.dim() == 4:
-        # On maps cuDNN is faster forward, and slower for both gradients, timed on an H100.
+        # On maps cuDNN is faster forward, and slower for the gradients: eval/results/sequence_h100.txt.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
             return F.conv2d(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
     return short_convolve(x.contiguous(), weight)
