@@ -383,7 +383,7 @@ def bench_sequence_(
     unknown = sorted(set(networks or ()) - TASKS.keys())
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: no network of a sequence task; there are {', '.join(TASKS)}")
-    target = _prepare(device, threads)
+    target = _prepare(device, threads, out)
     chosen = {name: batch_size or TASKS[name] for name in networks or TASKS}
     with _progress("networks") as progress:
         results = bench_sequence(chosen, target, repeats, target.type == "cpu" if peer is None else peer, progress)
@@ -397,7 +397,7 @@ def bench_synthesis_(
     device: Device = "cpu", repeats: Repeats = 10, threads: Threads = None, out: Record = None, as_json: Json = False
 ) -> None:
     """Time the rendering of kernels from points, by touched taps and densely."""
-    target = _prepare(device, threads)
+    target = _prepare(device, threads, out)
     with _progress("kernels") as progress:
         results = bench_synthesis(target, repeats, progress)
     _report(record(target, repeats=repeats, results=[_plain(result) for result in results]), out, as_json)
@@ -405,7 +405,10 @@ def bench_synthesis_(
         _print_table(SYNTHESIS_TIMES, [_synthesis_row(result) for result in results], numbers=range(1, 9))
 
 
-def _prepare(device: str, threads: int | None) -> torch.device:
+def _prepare(device: str, threads: int | None, out: Path | None) -> torch.device:
+    """The device of a benchmark, and a place for its record, before any time is spent."""
+    if out is not None and not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent} is no folder: make it before the benchmark runs")
     if threads is not None:
         torch.set_num_threads(threads)
     return usable_device(device)

@@ -91,3 +91,14 @@ def test_unknown_networks_are_named() -> None:
     done = CliRunner().invoke(app, ["bench", "sequence", "smpconv_t"])
     assert done.exit_code == 1
     assert "smpconv_t: no network of a sequence task" in str(done.exception)
+
+
+@pytest.mark.parametrize("command", ["sequence", "synthesis"])
+def test_a_record_without_a_place_is_refused_before_anything_is_timed(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "median_ms", pytest.fail)
+    monkeypatch.setattr(sequence, "median_ms", pytest.fail)
+    monkeypatch.setattr(synthesis, "median_ms", pytest.fail)
+    done = CliRunner().invoke(app, ["bench", command, "--out", str(tmp_path / "none" / "record.json")])
+    assert done.exit_code == 1 and f"{tmp_path / 'none'} is no folder" in str(done.exception)
