@@ -155,7 +155,9 @@ def test_a_network_trains_on_the_gpu_as_in_double_precision(name, monkeypatch):
     assert loss.item() == pytest.approx(expected.item(), rel=RELATIVE_ERROR["loss"])
     assert norm_error(gradients, exact_gradients) < RELATIVE_ERROR["gradient"] + exact.unsure**0.5
     for (buffer, value), other in zip(ours.named_buffers(), exact.model.buffers(), strict=True):
-        assert relative_error(value.cpu(), other) < RELATIVE_ERROR["batch norm statistics"], buffer
+        # A mean over 3,000 values is next to zero, a fiftieth of their deviation; its rounding is that of the values.
+        allowed = RELATIVE_ERROR["batch norm statistics"] * (5 if "mean" in buffer else 1)
+        assert relative_error(value.cpu(), other) < allowed, buffer
     with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
         logits, exact_logits = ours.eval()(x.to(DEVICE)), exact.model.eval()(x.double())
     # Double precision may see edges of points elsewhere.
@@ -193,7 +195,10 @@ def trained(name, steps, graph, move=None, change=None):
     """
     model, x, y = network_and_batch(name)
     model, x, y = model.cuda().train(), x.cuda(), y.cuda()
-    step = TrainingStep(model, sequence_parameter_groups(model, 1e-3, 0.0), x.shape, torch.device("cuda"), graph=graph)
+    # Adam's first updates are +-lr whatever the size of a gradient, so rounding alone decides the signs of points that
+    # touch no tap, and losses of sMNIST are 0.3 % apart after one step. With a large eps updates follow the gradient.
+    groups = [group | {"eps": 0.1} for group in sequence_parameter_groups(model, 1e-4, 0.0)]
+    step = TrainingStep(model, groups, x.shape, torch.device("cuda"), graph=graph)
     losses = []
     with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
         for i in range(steps):
@@ -220,7 +225,6 @@ def test_a_captured_step_trains_as_plain_steps_do(name):
     captured, losses, step = trained(name, 5, graph=True)
     plain, others, _ = trained(name, 5, graph=False)
     assert step.captures == 1
-    # Adam's first updates are +-lr whatever the size of a gradient: where that is rounding, so is the sign.
     assert losses == pytest.approx(others, rel=RELATIVE_ERROR["trajectory"])
     for key, value in captured.items():
         if "num_batches_tracked" in key:

@@ -16,8 +16,9 @@ RELATIVE_ERROR = {
     "rendered, gradient": 1e-5,
     # Sums over up to 16,000 taps in float32, in which signs cancel.
     "kernel, summed": 1e-6,
-    # Every Triton kernel against double precision, in the norm: float32 rounding of sums over up to thousands of terms.
-    "GPU kernel": 2e-6,
+    # Every kernel against double precision, in the norm: float32 rounding of sums over up to thousands of terms, and
+    # of cuDNN's Winograd transforms (2.1e-6 seen) where few taps on maps go through it.
+    "GPU kernel": 3e-6,
     # Inputs of 100 with a deviation of 1: a hundred times the rounding of the inputs themselves, which is shared.
     "GPU kernel, normalised": 2e-5,
     "forward": 1e-5,
