@@ -30,9 +30,13 @@ from smpconv_zoo.ops import (
     depthwise_conv2d,
     depthwise_conv2d_reference,
     dispatch,
+    fft,
+    onednn,
     why_not,
 )
 from smpconv_zoo.ops.fft import good_fft_size
+from smpconv_zoo.ops.kept import KernelCache
+from smpconv_zoo.ops.onednn import can_run_onednn
 
 # What a comparison may differ by: a share of each entry (rounding of the result in its own precision), and a share of
 # the largest entry (rounding inside the sum; transforms spread it evenly over all outputs). Half precision is computed
@@ -85,6 +89,10 @@ def assert_same(fast: Convolution, slow: Convolution, *tensors: Tensor, upstream
 
 def depthwise_fft(x: Tensor, weight: Tensor) -> Tensor:
     return depthwise_conv2d(x, weight, backend="fft")
+
+
+def depthwise_onednn(x: Tensor, weight: Tensor) -> Tensor:
+    return depthwise_conv2d(x, weight, backend="onednn")
 
 
 def dense_fft(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -202,7 +210,9 @@ def test_memory_layout_does_not_matter_in_2d(layout: str) -> None:
     assert not x.is_contiguous()
     upstream = arrange(draw(2, 3, 10, 7, seed=5))
     assert_same(depthwise_fft, depthwise_conv2d_reference, x, weight, upstream=upstream)
-    assert depthwise_fft(x, weight).is_contiguous()  # as promised to the compiler
+    # As promised to the compiler: plain, unless the channels lie innermost.
+    promised = torch.channels_last if layout == "channels last" else torch.contiguous_format
+    assert depthwise_fft(x, weight).is_contiguous(memory_format=promised)
     dense = draw(3, 3, 5, 9, seed=1)
     dense = dense if layout == "batch expanded" else arrange(dense)
     assert_same(dense_fft, conv2d_reference, x, dense, upstream=upstream)
@@ -336,6 +346,81 @@ def test_nothing_but_inputs_is_kept_for_the_backward_pass() -> None:
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
         depthwise_fft(x, weight)
     assert {tensor.data_ptr() for tensor in kept} == {x.data_ptr(), weight.data_ptr()}
+
+
+needs_avx512 = pytest.mark.skipif(onednn._why_no_kernel() is not None, reason=onednn._why_no_kernel() or "has AVX-512")
+
+
+@needs_avx512
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 5, 30, 30, 31, 31),
+        (1, 16, 28, 28, 29, 29),
+        (3, 17, 14, 13, 27, 27),
+        (2, 8, 7, 7, 13, 13),
+        (2, 4, 9, 40, 51, 5),
+        (2, 4, 40, 9, 5, 51),
+        (1, 20, 9, 10, 9, 9),
+        (1, 3, 1, 1, 31, 31),
+        (2, 3, 6, 5, 3, 1),
+    ],
+)
+def test_onednn_equals_the_slow_twin(shape: tuple[int, ...], layout: torch.memory_format) -> None:
+    batch, channels, height, width, *taps = shape
+    x = draw(batch, channels, height, width, dtype=torch.float32).contiguous(memory_format=layout)
+    weight = draw(channels, 1, *taps, seed=1, dtype=torch.float32)
+    assert_same(depthwise_onednn, depthwise_conv2d_reference, x, weight)
+    assert depthwise_onednn(x, weight).is_contiguous(memory_format=layout)
+    half = depthwise_onednn(x.bfloat16(), weight.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert_near(half, depthwise_conv2d_reference(x.bfloat16().double(), weight.bfloat16().double()), torch.bfloat16)
+
+
+@needs_avx512
+def test_second_gradients_of_onednn_equal_those_of_the_slow_twin() -> None:
+    def second(convolve: Convolution, *tensors: Tensor) -> tuple[Tensor, ...]:
+        x, weight, upstream = (tensor.detach().requires_grad_() for tensor in tensors)
+        first = torch.autograd.grad(convolve(x, weight), (x, weight), upstream, create_graph=True)
+        total = sum(gradient.pow(3).sum() for gradient in first)
+        return torch.autograd.grad(total, (x, weight, upstream))
+
+    tensors = draw(2, 3, 9, 11), draw(3, 1, 17, 15, seed=1), draw(2, 3, 9, 11, seed=2)
+    ours = second(depthwise_onednn, *(tensor.float() for tensor in tensors))
+    for mine, exact in zip(ours, second(depthwise_conv2d_reference, *tensors), strict=True):
+        assert_near(mine, exact)
+
+
+@needs_avx512
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+def test_onednn_operators_are_registered_soundly() -> None:
+    x, weight = draw(2, 3, 6, 5, dtype=torch.float32), draw(3, 1, 3, 5, seed=1, dtype=torch.float32)
+    for arranged in (x, x.contiguous(memory_format=torch.channels_last)):
+        for name in ("onednn_depthwise", "onednn_depthwise_input"):
+            arguments = (arranged.detach().requires_grad_(), weight.detach().requires_grad_())
+            results = torch.library.opcheck(getattr(torch.ops.smpconv_zoo, name), arguments, rtol=1e-5, atol=1e-5)
+            assert set(results.values()) == {"SUCCESS"}
+
+
+def test_onednn_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = draw(1, 4, 6, 6, dtype=torch.float32), draw(4, 1, 3, 3, dtype=torch.float32)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert can_run_onednn(x, weight) == "oneDNN's channels-last kernel needs AVX-512, PyTorch takes this CPU for AVX2"
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert "no oneDNN" in str(can_run_onednn(x, weight))
+    assert "depthwise" in str(can_run_onednn(x, weight.expand(4, 4, 3, 3)))
+    assert "at least one element" in str(can_run_onednn(x[:0], weight))
+    assert "runs on cpu, x is on meta" in str(can_run_onednn(x.to("meta"), weight))
+    with pytest.raises(ValueError, match=r"'onednn' cannot run: .* depthwise"):
+        conv2d(x, draw(4, 4, 3, 3, dtype=torch.float32), backend="onednn")
+
+
+@pytest.mark.parametrize("shares", [1, 3000, 10**9])
+def test_depthwise_transforms_in_shares_give_the_same(shares: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One plane at a time; a few channels; everything at once.
+    monkeypatch.setattr(fft, "_SHARE_BYTES_DEPTHWISE", shares)
+    assert_same(depthwise_fft, depthwise_conv2d_reference, draw(3, 5, 7, 8), draw(5, 1, 5, 3, seed=1))
 
 
 def operator_arguments() -> dict[str, tuple[Any, ...]]:
@@ -572,9 +657,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     calls: list[torch.Size] = []
     real = dispatch.fft_convolve
 
-    def spy(x: Tensor, weight: Tensor, future: list[int]) -> Tensor:
+    def spy(x: Tensor, weight: Tensor, future: list[int], cache: KernelCache | None) -> Tensor:
         calls.append(x.shape)
-        return real(x, weight, future)
+        return real(x, weight, future, cache)
 
     monkeypatch.setattr(dispatch, "fft_convolve", spy)
     return calls
@@ -591,11 +676,31 @@ def test_the_named_backend_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == count
 
 
-@pytest.mark.parametrize(("channels", "size", "taps", "expected"), [(96, 56, 31, "fft"), (768, 7, 13, "reference")])
+@pytest.mark.parametrize("avx512", [True, False])
+@pytest.mark.parametrize(
+    ("channels", "size", "taps", "layout", "expected", "without"),
+    [
+        (96, 56, 31, torch.contiguous_format, "fft", "fft"),
+        (192, 28, 29, torch.contiguous_format, "onednn", "fft"),
+        (384, 14, 27, torch.channels_last, "onednn", "fft"),
+        (768, 7, 13, torch.contiguous_format, "reference", "reference"),
+        (768, 7, 13, torch.channels_last, "onednn", "reference"),
+        (96, 56, 5, torch.channels_last, "reference", "reference"),
+    ],
+)
 def test_auto_on_the_layers_of_the_image_networks(
-    channels: int, size: int, taps: int, expected: str, monkeypatch: pytest.MonkeyPatch
+    channels: int,
+    size: int,
+    taps: int,
+    layout: torch.memory_format,
+    expected: str,
+    without: str,
+    avx512: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    x = torch.zeros(1, channels, size, size)
+    x = torch.zeros(1, channels, size, size).contiguous(memory_format=layout)
+    monkeypatch.setattr(onednn, "_why_no_kernel", lambda: None if avx512 else "no AVX-512")
+    expected = expected if avx512 else without
     weight = torch.zeros(channels, 1, taps, taps)
     assert dispatch._choose(x, weight, "auto", depthwise=True) == expected
     calls = counted(monkeypatch)
@@ -646,9 +751,11 @@ def test_auto_takes_the_reference_where_the_fft_cannot_run(depthwise: bool) -> N
 
 def test_why_not_gives_a_reason_for_every_backend() -> None:
     x, weight = draw(1, 2, 6, 6), draw(2, 1, 3, 3)
+    double = "torch.float64"
     assert why_not(x, weight) == {
         "fft": None,
         "short": "the kernel for few taps runs on cuda, x is on cpu",
+        "onednn": f"oneDNN's channels-last kernel takes float32 or bfloat16, got x {double} and weight {double}",
         "reference": None,
     }
     assert tuple(why_not(x, weight)) == BACKENDS
@@ -674,7 +781,7 @@ def test_a_named_backend_that_cannot_run_raises_its_reason() -> None:
 
 
 def test_unknown_backends_are_refused() -> None:
-    sentence = r"unknown backend 'winograd'; choose 'auto' or one of \('fft', 'short', 'reference'\)"
+    sentence = r"unknown backend 'winograd'; choose 'auto' or one of \('fft', 'short', 'onednn', 'reference'\)"
     with pytest.raises(ValueError, match=sentence):
         depthwise_conv2d(draw(1, 2, 6, 6), draw(2, 1, 3, 3), "winograd")
     with pytest.raises(ValueError, match=sentence):

@@ -41,7 +41,7 @@ ORDER = (
 # nothing: it holds what its kernels share.
 ORDER_WITHIN = {
     "gpu": (("__init__",), ("fourier", "norm", "render", "short", "streams")),
-    "ops": (("reference", "fft", "norm", "short"), ("dispatch",), ("pair",), ("__init__",)),
+    "ops": (("kept", "reference", "norm"), ("fft", "short"), ("onednn",), ("dispatch",), ("pair",), ("__init__",)),
     "benchmarks": (("measure",), ("sequence", "synthesis"), ("__init__",)),
     "pretrained": (
         ("cards", "errors"),
@@ -124,12 +124,13 @@ def test_some_files_import_next_to_nothing() -> None:
     assert all(others <= {("gpu",)} for name, others in by_name.items() if name[0] == "gpu"), (
         "gpu imports from gpu alone"
     )
-    assert by_name["ops", "fft"] == {("operators",), ("gpu",), ("gpu", "fourier")}
+    assert by_name["ops", "fft"] == {("operators",), ("gpu",), ("gpu", "fourier"), ("ops", "kept")}
     nothing = (
         "files",
         "points",
         "operators",
         "_version",
+        "ops.kept",
         "ops.reference",
         "pretrained.cards",
         "gpu.__init__",

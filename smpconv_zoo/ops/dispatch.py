@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from smpconv_zoo.ops.fft import can_fold, fft_convolve, good_fft_size
+from smpconv_zoo.ops.fft import can_fold, fft_convolve, good_fft_size, is_channels_last
+from smpconv_zoo.ops.kept import KernelCache
+from smpconv_zoo.ops.onednn import can_run_onednn, onednn_depthwise
 from smpconv_zoo.ops.reference import causal_conv1d_reference, conv2d_reference, depthwise_conv2d_reference
 from smpconv_zoo.ops.short import can_run_short, short_convolve
 
@@ -22,20 +24,27 @@ __all__ = [
     "add_bias",
     "can_run_fft",
     "causal_conv1d",
+    "causal_conv1d_with",
     "conv2d",
+    "conv2d_with",
     "depthwise_conv2d",
+    "depthwise_conv2d_with",
     "reachable_same",
     "why_not",
 ]
 
-BACKENDS = ("fft", "short", "reference")
+BACKENDS = ("fft", "short", "onednn", "reference")
 
 # Thresholds of `auto`, read off eval/results/convolution_*.txt (eval/bench_convolution.py). On CPU, oneDNN has fast
-# depthwise kernels up to 14 taps wide and falls 20-fold beyond; their gradients are slow from about 13. On CUDA and
-# for dense kernels the cost is smooth: one transformed point, times the logarithm of the transform, costs as much as
-# so many multiply-accumulates of the direct convolution. Those of cuDNN's dense ones are cheap: tensor cores.
+# depthwise kernels up to 14 taps wide and falls 20-fold beyond; their gradients are slow from about 13. Where it has
+# its channels-last kernels (:mod:`.onednn`), the logarithm of a transform times its points costs as much as so many
+# multiply-accumulates, of those rows of taps that meet the map; channels-last maps they take from 8 taps on. On CUDA
+# and for dense kernels the cost is smooth: one transformed point, times the logarithm of the transform, costs as much
+# as so many multiply-accumulates of the direct convolution. Those of cuDNN's dense ones are cheap: tensor cores.
 _CPU_DEPTHWISE_TAPS = 15
 _CPU_DEPTHWISE_TAPS_TRAINING = 13
+_CPU_DEPTHWISE_TAPS_CHANNELS_LAST = 8
+_POINT_COST_ONEDNN = 28
 _POINT_COST_DEPTHWISE = {"cuda": 8}
 _POINT_COST_DENSE = {"cpu": 25, "cuda": 100}
 # Taps of a dense kernel from which an NVIDIA GPU folds (:mod:`smpconv_zoo.gpu.fourier`). The networks' kernels, of 161
@@ -68,10 +77,11 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, backend: str = "auto") -> Tensor
         # A scripted network has to run where this package is not installed.
         return depthwise_conv2d_reference(x, weight)
     else:
-        return _depthwise_conv2d(x, weight, backend)
+        return depthwise_conv2d_with(None, x, weight, backend)
 
 
-def _depthwise_conv2d(x: Tensor, weight: Tensor, backend: str) -> Tensor:
+def depthwise_conv2d_with(cache: KernelCache | None, x: Tensor, weight: Tensor, backend: str = "auto") -> Tensor:
+    """:func:`depthwise_conv2d` that keeps what it computes from ``weight`` alone, for the next call with it."""
     _check_conv2d(x, weight)
     if weight.size(1) != 1 or weight.size(0) != x.size(1):
         raise ValueError(
@@ -79,8 +89,11 @@ def _depthwise_conv2d(x: Tensor, weight: Tensor, backend: str) -> Tensor:
         )
     x, weight, _ = _autocast(x, weight, None)
     weight = reachable_same(weight, x.shape[2:])
-    if _choose(x, weight, backend, depthwise=True) == "fft":
-        return fft_convolve(x, weight, _centre(weight))
+    chosen = _choose(x, weight, backend, depthwise=True)
+    if chosen == "onednn":
+        return onednn_depthwise(x, weight)
+    if chosen == "fft":
+        return fft_convolve(x, weight, _centre(weight), cache)
     return depthwise_conv2d_reference(x, weight)
 
 
@@ -104,10 +117,13 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str =
     if torch.jit.is_scripting():
         return conv2d_reference(x, weight, bias)
     else:
-        return _conv2d(x, weight, bias, backend)
+        return conv2d_with(None, x, weight, bias, backend)
 
 
-def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def conv2d_with(
+    cache: KernelCache | None, x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """:func:`conv2d` that keeps what it computes from ``weight`` alone, for the next call with it."""
     _check_conv2d(x, weight)
     if weight.size(1) != x.size(1):
         raise ValueError(f"weight is for {weight.size(1)} input channels, x has {x.size(1)}")
@@ -117,7 +133,7 @@ def _conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Ten
     if chosen == "short":
         return add_bias(short_convolve(x, weight), bias)
     if chosen == "fft":
-        return add_bias(fft_convolve(x, weight, _centre(weight)), bias)
+        return add_bias(fft_convolve(x, weight, _centre(weight), cache), bias)
     return conv2d_reference(x, weight, bias)
 
 
@@ -142,10 +158,13 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, backend
     if torch.jit.is_scripting():
         return causal_conv1d_reference(x, weight, bias)
     else:
-        return _causal_conv1d(x, weight, bias, backend)
+        return causal_conv1d_with(None, x, weight, bias, backend)
 
 
-def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
+def causal_conv1d_with(
+    cache: KernelCache | None, x: Tensor, weight: Tensor, bias: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """:func:`causal_conv1d` that keeps what it computes from ``weight`` alone, for the next call with it."""
     if x.dim() != 3 or weight.dim() != 3:
         raise ValueError(f"expected x (N, I, L) and weight (O, I, K), got {tuple(x.shape)} and {tuple(weight.shape)}")
     if weight.size(1) != x.size(1):
@@ -157,7 +176,7 @@ def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str)
     if chosen == "short":
         return add_bias(short_convolve(x, weight), bias)
     if chosen == "fft":
-        return add_bias(fft_convolve(x, weight, [0]), bias)
+        return add_bias(fft_convolve(x, weight, [0], cache), bias)
     return causal_conv1d_reference(x, weight, bias)
 
 
@@ -172,7 +191,7 @@ def why_not(x: Tensor, weight: Tensor) -> dict[str, str | None]:
 
 
 def _can_run() -> dict[str, Callable[[Tensor, Tensor], str | None]]:
-    return {"fft": can_run_fft, "short": can_run_short, "reference": lambda x, weight: None}
+    return {"fft": can_run_fft, "short": can_run_short, "onednn": can_run_onednn, "reference": lambda x, weight: None}
 
 
 def can_run_fft(x: Tensor, weight: Tensor) -> str | None:
@@ -190,22 +209,46 @@ def _choose(x: Tensor, weight: Tensor, backend: str, depthwise: bool) -> str:
     if backend == "auto":
         if not depthwise and can_run_short(x, weight) is None:
             return "short"
+        if depthwise and can_run_onednn(x, weight) is None:
+            return _choose_on_avx512(x, weight)
         return "fft" if can_run_fft(x, weight) is None and _fft_pays(x, weight, depthwise) else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose 'auto' or one of {BACKENDS}")
     if depthwise and backend == "short":
         raise ValueError("backend 'short' cannot run: the kernel for few taps is for dense convolutions")
+    if not depthwise and backend == "onednn":
+        raise ValueError("backend 'onednn' cannot run: the channels-last kernel is for depthwise convolutions")
     reason = _can_run()[backend](x, weight)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
     return backend
 
 
+def _choose_on_avx512(x: Tensor, weight: Tensor) -> str:
+    height, width = weight.shape[2:]
+    if max(height, width) < _CPU_DEPTHWISE_TAPS_TRAINING and not (
+        is_channels_last(x) and width >= _CPU_DEPTHWISE_TAPS_CHANNELS_LAST
+    ):
+        return "reference"
+    if max(height, width) < _CPU_DEPTHWISE_TAPS and not is_channels_last(x) and not _trains(x, weight):
+        return "reference"
+    size = x.shape[2:]
+    points = math.prod([good_fft_size(s + t // 2) for s, t in zip(size, (height, width), strict=True)])
+    reach = height // 2
+    rows_met = sum(min(reach, row) + 1 + min(reach, size[0] - 1 - row) for row in range(size[0]))
+    transformed, direct = points * math.log2(points), rows_met * size[1] * width
+    return "fft" if transformed * _POINT_COST_ONEDNN < direct else "onednn"
+
+
+def _trains(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+
+
 def _fft_pays(x: Tensor, weight: Tensor, depthwise: bool) -> bool:
     """Whether the FFT is expected to be faster than the direct convolution, whatever the batch size, or is safer."""
     device_type = x.device.type
     taps = weight.shape[2:]
-    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    training = _trains(x, weight)
     if device_type == "cpu" and not depthwise and len(taps) == 2 and training and max(taps) >= _CPU_DENSE_TAPS_TRAINING:
         return True
     if device_type == "cpu" and depthwise:

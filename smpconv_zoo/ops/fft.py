@@ -29,14 +29,25 @@ from torch import Tensor
 
 from smpconv_zoo.gpu import why_no_triton
 from smpconv_zoo.operators import operator, recorded
+from smpconv_zoo.ops.kept import KernelCache
 
-__all__ = ["Folded", "can_fold", "fft_convolve", "good_fft_size", "keeps_spectra"]
+__all__ = [
+    "Folded",
+    "can_fold",
+    "convolve_weight",
+    "empty_like_map",
+    "fft_convolve",
+    "good_fft_size",
+    "is_channels_last",
+    "keeps_spectra",
+]
 
 # Spectra of more bytes than this are computed again in the backward pass rather than kept for it, layer by layer.
 _KEPT_BYTES_CUDA = 64 * 2**20
 _KEPT_BYTES = 512 * 2**20
 # Transforms on a CPU are taken so many bytes at a time.
 _SHARE_BYTES = 8 * 2**20
+_SHARE_BYTES_DEPTHWISE = 4 * 2**20
 
 
 def good_fft_size(size: int, primes: Sequence[int] = (2, 3, 5, 7)) -> int:
@@ -64,7 +75,7 @@ def can_fold(x: Tensor, weight: Tensor) -> bool:
     return Folded.can_run(x, _is_depthwise(x.shape[1], weight.shape))
 
 
-def fft_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+def fft_convolve(x: Tensor, weight: Tensor, future: Sequence[int], cache: KernelCache | None = None) -> Tensor:
     """Convolve through the FFT.
 
     Args:
@@ -72,18 +83,23 @@ def fft_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
         weight: Kernel, ``(O, I, *taps)``, or ``(I, 1, *taps)`` for a depthwise convolution.
         future: For each axis, taps ahead of the current sample: ``taps // 2`` for 'same', 0 for causal. No axis may
             have more than ``size - 1`` taps behind or ahead of the current sample.
+        cache: Keeps the spectrum of the kernel, where no gradient is wanted.
 
     Returns:
-        ``(N, O, *size)``, in the dtype of ``x``.
+        ``(N, O, *size)``, in the dtype of ``x``; of a depthwise convolution in the layout of ``x``.
     """
     places = list(future)
+    training = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if cache is not None and not training and not recorded((x, weight)):
+        way = spectral(x, weight, places)
+        key = (type(way), tuple(way.points), tuple(places))
+        return way.convolve(x, cache.get(weight, key, lambda: way.spectrum(weight, flip=True)))
     y: Tensor
     if (
-        torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad)
+        training
         and not _is_depthwise(x.shape[1], weight.shape)
         and not recorded((x, weight))
-        and keeps_spectra(x, weight, spectral(x, weight, places))
+        and keeps_spectra(x, weight, _dense(x)(x.shape[2:], weight.shape[2:], places))
     ):
         y = _ConvolveKeepingSpectra.apply(x, weight, places)
     else:
@@ -110,6 +126,18 @@ def _inverse_transform(spectrum: Tensor, sizes: Sequence[int], start: Sequence[i
     for dim, (first, length) in enumerate(zip(start, size, strict=True), start=2):
         out = out.narrow(dim, first, length)
     return out
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether ``x`` (N, C, H, W) lies in memory with its channels innermost, and not also the plain way."""
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def empty_like_map(x: Tensor) -> Tensor:
+    """Room for a result of the shape and the layout of ``x``: channels last or plain."""
+    return torch.empty_like(
+        x, memory_format=torch.channels_last if is_channels_last(x) else torch.contiguous_format, requires_grad=False
+    )
 
 
 def _flip(weight: Tensor) -> Tensor:
@@ -150,6 +178,10 @@ class Folded:
         lines = inverse(spectrum, norm="forward")
         y = unfold(lines, start, size, like.dtype, None if other is None else other())
         return y.squeeze(2) if like.dim() == 3 else y
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` with the kernel whose spectrum is given."""
+        return self.output(self.spectrum(x), weight, x)
 
     def output(self, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         from smpconv_zoo.gpu.fourier import contract
@@ -214,6 +246,10 @@ class FrequencyMajor:
                 lines = torch.cat(ends, dim)
         y.copy_(lines)
 
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` with the kernel whose spectrum is given."""
+        return self.output(self.spectrum(x), weight, x)
+
     def output(self, x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
         y = like.new_empty(like.shape[0], weight.shape[1], *self.size)
         for rows in self._shares(y.shape[0], y.shape[1]):
@@ -236,13 +272,71 @@ class FrequencyMajor:
         return y
 
 
-Spectral = Folded | FrequencyMajor
+class Depthwise:
+    """A depthwise convolution anywhere: channels side by side, each transformed, multiplied and transformed back."""
+
+    def __init__(self, size: Sequence[int], taps: Sequence[int], future: Sequence[int]) -> None:
+        self.size, self.taps, self.future = list(size), list(taps), list(future)
+        self.past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
+        self.points = _sizes(size, taps, future)
+
+    def spectrum(self, weight: Tensor, flip: bool = False) -> Tensor:
+        """Of kernels ``(C, 1, *taps)``: ``(C, *frequencies)``."""
+        return _forward_transform(_flip(weight) if flip else weight, self.points).squeeze(1)
+
+    def _shares(self, x: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Images and channels at a time whose transforms stay in a cache; on a GPU all of them."""
+        images, channels = x.shape[:2]
+        planes = _SHARE_BYTES_DEPTHWISE // (8 * math.prod(self.points)) if x.device.type == "cpu" else images * channels
+        channels_at_once = min(channels, max(1, planes))
+        images_at_once = max(1, planes // channels_at_once)
+        for c in range(0, channels, channels_at_once):
+            for n in range(0, images, images_at_once):
+                yield slice(n, n + images_at_once), slice(c, c + channels_at_once)
+
+    def convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        """``x`` with the kernels whose spectrum is given, in the layout of ``x``."""
+        y = empty_like_map(x)
+        for images, channels in self._shares(x):
+            product = _forward_transform(x[images, channels], self.points).mul_(weight[channels])
+            y[images, channels] = _inverse_transform(product, self.points, self.future, self.size)
+        return y
+
+    def weight_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        """``grad`` and ``x`` (N, C, *size) -> (C, 1, *taps)."""
+        to_weight = grad.new_empty(grad.shape[1], 1, *self.taps)
+        total: Tensor | None = None
+        for images, channels in self._shares(x):
+            # Conjugated in memory: code compiled by AOTAutograd can call this with lazy conjugation switched off.
+            spectrum = _forward_transform(grad[images, channels], self.points).conj_physical_()
+            share = spectrum.mul_(_forward_transform(x[images, channels], self.points)).sum(0)
+            total = share if total is None else total.add_(share)
+            if images.stop >= x.shape[0]:
+                to_weight[channels, 0] = self._taps(total)
+                total = None
+        return to_weight
+
+    def _taps(self, spectrum: Tensor) -> Tensor:
+        """Correlating x with grad puts lag 0 at index 0, the past at the end: rolling by it puts tap 0 first."""
+        dims = list(range(1, spectrum.dim()))
+        lags = torch.fft.irfftn(spectrum, s=self.points, dim=dims).roll(self.past, dims)
+        for dim, length in zip(dims, self.taps, strict=True):
+            lags = lags.narrow(dim, 0, length)
+        return lags
+
+
+Spectral = Folded | FrequencyMajor | Depthwise
 
 
 def spectral(x: Tensor, weight: Tensor, future: Sequence[int]) -> Spectral:
-    """How the dense convolution of ``x`` with ``weight`` goes through the FFT here."""
-    kind = Folded if Folded.can_run(x, depthwise=False) else FrequencyMajor
-    return kind(x.shape[2:], weight.shape[2:], future)
+    """How the convolution of ``x`` with ``weight`` goes through the FFT here."""
+    if _is_depthwise(x.shape[1], weight.shape):
+        return Depthwise(x.shape[2:], weight.shape[2:], future)
+    return _dense(x)(x.shape[2:], weight.shape[2:], future)
+
+
+def _dense(x: Tensor) -> type[Folded] | type[FrequencyMajor]:
+    return Folded if Folded.can_run(x, depthwise=False) else FrequencyMajor
 
 
 def _two(values: Sequence[int], outer: int) -> tuple[int, int]:
@@ -250,13 +344,8 @@ def _two(values: Sequence[int], outer: int) -> tuple[int, int]:
 
 
 def _convolve_now(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
-    if not _is_depthwise(x.shape[1], weight.shape):
-        way = spectral(x, weight, future)
-        return way.output(way.spectrum(x), way.spectrum(weight, flip=True), x)
-    size, taps = x.shape[2:], weight.shape[2:]
-    sizes = _sizes(size, taps, future)
-    spectrum = _forward_transform(x, sizes) * _forward_transform(_flip(weight), sizes).squeeze(1)
-    return _inverse_transform(spectrum, sizes, future, size).to(x.dtype).contiguous()
+    way = spectral(x, weight, future)
+    return way.convolve(x, way.spectrum(weight, flip=True))
 
 
 def _convolve_input_now(grad: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> Tensor:
@@ -264,14 +353,13 @@ def _convolve_input_now(grad: Tensor, weight: Tensor, future: Sequence[int], dep
 
     ``depthwise`` is told, not seen: a dense kernel for one input channel has the shape of a depthwise one here.
     """
-    if not depthwise:
-        way = spectral(grad, weight, future)
-        return way.input_gradient(way.spectrum(grad), way.spectrum(weight, flip=True), grad)
     size, taps = grad.shape[2:], weight.shape[2:]
-    past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
-    sizes = _sizes(size, taps, past)
-    spectrum = _forward_transform(grad, sizes) * _forward_transform(weight, sizes).squeeze(1)
-    return _inverse_transform(spectrum, sizes, past, size).to(grad.dtype).contiguous()
+    if depthwise:
+        # A convolution with the taps reversed.
+        reversed_way = Depthwise(size, taps, [t - 1 - f for t, f in zip(taps, future, strict=True)])
+        return reversed_way.convolve(grad, reversed_way.spectrum(weight))
+    way = _dense(grad)(size, taps, future)
+    return way.input_gradient(way.spectrum(grad), way.spectrum(weight, flip=True), grad)
 
 
 def _convolve_weight_now(
@@ -279,19 +367,10 @@ def _convolve_weight_now(
 ) -> Tensor:
     """Adjoint of the convolution in the kernel: ``grad`` (N, O, *size), ``x`` (N, I, *size) -> (O, I or 1, *taps)."""
     size = x.shape[2:]
-    if not depthwise:
-        way = (Folded if Folded.can_run(x, depthwise) else FrequencyMajor)(size, taps, future)
-        return way.weight_gradient(way.spectrum(grad), way.spectrum(x), x)
-    sizes = _sizes(size, taps, future)
-    # Conjugated in memory: code compiled by AOTAutograd can call this with lazy conjugation switched off.
-    spectrum = (_forward_transform(grad, sizes).conj_physical_() * _forward_transform(x, sizes)).sum(0).unsqueeze(1)
-    # Correlating x with grad puts lag 0 at index 0, the past at the end: rolling by ``past`` puts tap 0 first.
-    past = [t - 1 - f for t, f in zip(taps, future, strict=True)]
-    dims = list(range(2, x.dim()))
-    lags = torch.fft.irfftn(spectrum, s=sizes, dim=dims).roll(past, dims)
-    for dim, length in enumerate(taps, start=2):
-        lags = lags.narrow(dim, 0, length)
-    return lags.to(grad.dtype).contiguous()
+    if depthwise:
+        return Depthwise(size, taps, future).weight_gradient(grad, x)
+    way = _dense(x)(size, taps, future)
+    return way.weight_gradient(way.spectrum(grad), way.spectrum(x), x)
 
 
 def _convolve_both_now(
@@ -303,7 +382,7 @@ def _convolve_both_now(
             _convolve_input_now(grad, weight, future, depthwise),
             _convolve_weight_now(grad, x, weight.shape[2:], future, depthwise),
         )
-    way = spectral(x, weight, future)
+    way = _dense(x)(x.shape[2:], weight.shape[2:], future)
     spectrum = way.spectrum(grad)
     return (
         way.input_gradient(spectrum, way.spectrum(weight, flip=True), grad),
@@ -312,10 +391,14 @@ def _convolve_both_now(
 
 
 def _fake_convolve(x: Tensor, weight: Tensor, future: Sequence[int]) -> Tensor:
+    if _is_depthwise(x.shape[1], weight.shape):
+        return empty_like_map(x)
     return x.new_empty([x.shape[0], weight.shape[0], *x.shape[2:]])
 
 
 def _fake_convolve_input(grad: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool) -> Tensor:
+    if depthwise:
+        return empty_like_map(grad)
     return grad.new_empty([grad.shape[0], weight.shape[0 if depthwise else 1], *grad.shape[2:]])
 
 
@@ -328,7 +411,8 @@ def _fake_convolve_weight(
 def _fake_convolve_both(
     grad: Tensor, x: Tensor, weight: Tensor, future: Sequence[int], depthwise: bool
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+    to_weight = _fake_convolve_weight(grad, x, weight.shape[2:], future, depthwise)
+    return _fake_convolve_input(grad, weight, future, depthwise), to_weight
 
 
 def _save_convolve(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -343,7 +427,7 @@ def _convolve_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*_convolve_both(grad, x, weight, ctx.future, depthwise), None)
     return (
         _convolve_input(grad, weight, ctx.future, depthwise) if ctx.needs_input_grad[0] else None,
-        _convolve_weight(grad, x, list(weight.shape[2:]), ctx.future, depthwise) if ctx.needs_input_grad[1] else None,
+        convolve_weight(grad, x, list(weight.shape[2:]), ctx.future, depthwise) if ctx.needs_input_grad[1] else None,
         None,
     )
 
@@ -358,7 +442,7 @@ def _convolve_both_backward(ctx: Any, to_x: Tensor, to_weight: Tensor) -> tuple[
     return (
         _convolve(to_x, weight, ctx.future) + _convolve(x, to_weight, ctx.future),
         _convolve_input(grad, to_weight, ctx.future, ctx.depthwise),
-        _convolve_weight(grad, to_x, list(weight.shape[2:]), ctx.future, ctx.depthwise),
+        convolve_weight(grad, to_x, list(weight.shape[2:]), ctx.future, ctx.depthwise),
         None,
         None,
     )
@@ -373,7 +457,7 @@ def _convolve_input_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None
     grad, weight = ctx.saved_tensors
     return (
         _convolve(cotangent, weight, ctx.future) if ctx.needs_input_grad[0] else None,
-        _convolve_weight(grad, cotangent, list(weight.shape[2:]), ctx.future, ctx.depthwise)
+        convolve_weight(grad, cotangent, list(weight.shape[2:]), ctx.future, ctx.depthwise)
         if ctx.needs_input_grad[1]
         else None,
         None,
@@ -404,7 +488,7 @@ _convolve = operator("fft_convolve", _convolve_now, _fake_convolve, _save_convol
 _convolve_input = operator(
     "fft_convolve_input", _convolve_input_now, _fake_convolve_input, _save_convolve_input, _convolve_input_backward
 )
-_convolve_weight = operator(
+convolve_weight = operator(
     "fft_convolve_weight", _convolve_weight_now, _fake_convolve_weight, _save_convolve_weight, _convolve_weight_backward
 )
 
@@ -414,7 +498,7 @@ class _ConvolveKeepingSpectra(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, future: list[int]) -> Tensor:
-        way = spectral(x, weight, future)
+        way = _dense(x)(x.shape[2:], weight.shape[2:], future)
         spectrum_x, spectrum_weight = way.spectrum(x), way.spectrum(weight, flip=True)
         ctx.future, ctx.way = future, way
         ctx.save_for_backward(x, weight, spectrum_x, spectrum_weight)
@@ -427,7 +511,7 @@ class _ConvolveKeepingSpectra(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (
                 _convolve_input(grad, weight, ctx.future, False) if to_x else None,
-                _convolve_weight(grad, x, list(weight.shape[2:]), ctx.future, False) if to_weight else None,
+                convolve_weight(grad, x, list(weight.shape[2:]), ctx.future, False) if to_weight else None,
                 None,
             )
         spectrum = ctx.way.spectrum(grad)
@@ -438,7 +522,7 @@ class _ConvolveKeepingSpectra(torch.autograd.Function):
         )
 
 
-def keeps_spectra(x: Tensor, weight: Tensor, way: Spectral) -> bool:
+def keeps_spectra(x: Tensor, weight: Tensor, way: Folded | FrequencyMajor) -> bool:
     """Whether the spectra of a training step are few enough bytes to be kept for its backward pass."""
     rows = x.shape[0] * x.shape[1] + weight.shape[0] * weight.shape[1]
     return 8 * math.prod(way.points) * rows <= (_KEPT_BYTES_CUDA if x.is_cuda else _KEPT_BYTES)

@@ -1,0 +1,71 @@
+"""What a convolution computes from its kernel alone, kept from call to call.
+
+At small batches the transform of the kernel takes as long as those of the input, or much longer where every input
+channel meets every output channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["KernelCache"]
+
+# A spectrum of more bytes is computed at every call rather than kept: a network has a dozen of them.
+_KEPT_BYTES = 16 * 2**20
+# Kept for so many sizes of the input.
+_KEPT_SIZES = 4
+
+
+class _Kept(NamedTuple):
+    # Alive, so that no other kernel comes to lie at its address.
+    kernel: Tensor
+    mark: tuple[Hashable, ...]
+    spectra: tuple[tuple[Hashable, Tensor], ...]
+
+
+class KernelCache:
+    """Keeps what was computed from one kernel, until that kernel changes.
+
+    A change is seen by the tensor's version counter and address: in-place edits, optimizer steps, loading and moves.
+    What is written through ``.data`` is not seen. Threads may share a cache; copies and pickles start empty.
+    """
+
+    def __init__(self) -> None:
+        self._kept: _Kept | None = None
+
+    def get(self, kernel: Tensor, key: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """What was computed from ``kernel`` for ``key``, computed now if need be.
+
+        Args:
+            kernel: The kernel; one made in inference mode counts no versions, and nothing of it is kept.
+            key: Whatever else the result depends on.
+            compute: Computes it; nothing is kept that needs a gradient.
+        """
+        if kernel.is_inference():
+            return compute()
+        mark = (kernel.data_ptr(), kernel._version, kernel.shape, kernel.stride(), kernel.dtype, kernel.device)
+        kept = self._kept
+        spectra = kept.spectra if kept is not None and kept.mark == mark else ()
+        for known, result in spectra:
+            if known == key:
+                return result
+        # A tensor made in inference mode could not be used outside it later.
+        with torch.inference_mode(False), torch.no_grad():
+            result = compute()
+        if result.numel() * result.element_size() <= _KEPT_BYTES:
+            self._kept = _Kept(kernel.detach(), mark, (*spectra[1 - _KEPT_SIZES :], (key, result)))
+        return result
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept = None
+
+    def __deepcopy__(self, memo: object) -> KernelCache:
+        return KernelCache()
+
+    def __reduce__(self) -> tuple[type[KernelCache], tuple[()]]:
+        return KernelCache, ()
