@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from smpconv_zoo._version import __version__
+from smpconv_zoo.benchmarks.cpu import PEERS, CpuTime, bench_cpu
 from smpconv_zoo.benchmarks.measure import record, write_record
 from smpconv_zoo.benchmarks.sequence import TASKS, SequenceTime, bench_sequence
 from smpconv_zoo.benchmarks.synthesis import SynthesisTime, bench_synthesis
@@ -64,6 +65,7 @@ SEQUENCE_TIMES = (
     "step",
     "pass",
 )
+CPU_TIMES = ("network", "work", "batch", "peer", "ours ms", "peer ms", "ours / peer")
 SYNTHESIS_TIMES = (
     "kernel",
     "touched",
@@ -392,6 +394,39 @@ def bench_sequence_(
         _print_table(SEQUENCE_TIMES, [_sequence_row(result) for result in results], numbers=range(2, 10))
 
 
+@bench.command("cpu", epilog="Example: `smpconv-zoo bench cpu smpconv_t --batch-size 1 --batch-size 8`")
+def bench_cpu_(
+    networks: Annotated[list[str] | None, typer.Argument(help="smpconv_t, smpconv_b; both if none.")] = None,
+    batch_sizes: Annotated[list[int] | None, typer.Option("--batch-size", min=1, help="Images; 1 and 8.")] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of weights and images, for inference.")
+    ] = "float32",
+    train: Annotated[bool, typer.Option(help="Also time a training step, beside F.conv2d.")] = False,
+    repeats: Repeats = 10,
+    threads: Threads = None,
+    out: Record = None,
+    as_json: Json = False,
+) -> None:
+    """Time image networks on the CPU, in turns with timm's ConvNeXt of the same size."""
+    unknown = sorted(set(networks or ()) - PEERS.keys())
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: there is no peer for it; choose of {', '.join(PEERS)}")
+    target = _prepare("cpu", threads, out)
+    with _progress("measurements") as progress:
+        results = bench_cpu(
+            networks or list(PEERS), batch_sizes or [1, 8], getattr(torch, dtype), train, repeats, progress
+        )
+    _report(
+        record(
+            target, threads=torch.get_num_threads(), repeats=repeats, results=[_plain(result) for result in results]
+        ),
+        out,
+        as_json,
+    )
+    if not as_json:
+        _print_table(CPU_TIMES, [_cpu_row(result) for result in results], numbers=range(4, 7))
+
+
 @bench.command("synthesis", epilog="Example: `smpconv-zoo bench synthesis --out synthesis.json`")
 def bench_synthesis_(
     device: Device = "cpu", repeats: Repeats = 10, threads: Threads = None, out: Record = None, as_json: Json = False
@@ -441,6 +476,18 @@ def _sequence_row(result: SequenceTime) -> tuple[str, ...]:
         ),
         ratio(result.peer_train_ms, result.train_ms),
         ratio(result.peer_inference_ms, result.inference_ms),
+    )
+
+
+def _cpu_row(result: CpuTime) -> tuple[str, ...]:
+    return (
+        result.network,
+        f"{result.work}, {result.dtype}",
+        str(result.batch_size),
+        result.peer,
+        f"{result.ours_ms:.1f}",
+        f"{result.peer_ms:.1f}",
+        f"{result.ratio:.2f}",
     )
 
 

@@ -251,7 +251,7 @@ def promises() -> list[tuple[str, str]]:
 
 
 def test_every_convolution_states_what_it_equals() -> None:
-    convolutions = {name for name in ops.__all__ if "conv" in name}
+    convolutions = {name for name in ops.__all__ if "conv" in name and not name.endswith("_with")}
     assert {name for name, _ in promises()} == convolutions and len(convolutions) == 7
 
 

@@ -42,7 +42,7 @@ ORDER = (
 ORDER_WITHIN = {
     "gpu": (("__init__",), ("fourier", "norm", "render", "short", "streams")),
     "ops": (("kept", "reference", "norm"), ("fft", "short"), ("onednn",), ("dispatch",), ("pair",), ("__init__",)),
-    "benchmarks": (("measure",), ("sequence", "synthesis"), ("__init__",)),
+    "benchmarks": (("measure",), ("cpu", "sequence", "synthesis"), ("__init__",)),
     "pretrained": (
         ("cards", "errors"),
         ("remap", "signing", "structure"),
