@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
+import torch
 import torch.nn.functional as F
 from timm.layers import FrozenBatchNormAct2d
 from timm.models import register_notrace_module
@@ -18,7 +19,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.ops import FrozenBatchNorm2d
 
-from smpconv_zoo.ops import causal_conv1d, conv2d, depthwise_conv2d
+from smpconv_zoo.ops import (
+    KernelCache,
+    causal_conv1d,
+    causal_conv1d_with,
+    conv2d,
+    conv2d_with,
+    depthwise_conv2d,
+    depthwise_conv2d_with,
+)
 
 __all__ = [
     "ChannelAffine",
@@ -119,12 +128,18 @@ class MergedConv2d(Merged):
         self.depthwise = depthwise
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.cache = KernelCache()
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.depthwise:
-            return conv2d(x, self.weight, self.bias)
-        y = depthwise_conv2d(x, self.weight)
-        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
+        if torch.jit.is_scripting():
+            y = depthwise_conv2d(x, self.weight) if self.depthwise else conv2d(x, self.weight, self.bias)
+        elif self.depthwise:
+            y = depthwise_conv2d_with(self.cache, x, self.weight)
+        else:
+            y = conv2d_with(self.cache, x, self.weight, self.bias)
+        if not self.depthwise or self.bias is None:
+            return y
+        return y + self.bias.to(y.dtype).view(-1, 1, 1)
 
     def extra_repr(self) -> str:
         in_channels = self.weight.size(0 if self.depthwise else 1)
@@ -150,9 +165,13 @@ class MergedConv1d(Merged):
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.cache = KernelCache()
 
     def forward(self, x: Tensor) -> Tensor:
-        return causal_conv1d(x, self.weight, self.bias)
+        if torch.jit.is_scripting():
+            return causal_conv1d(x, self.weight, self.bias)
+        else:
+            return causal_conv1d_with(self.cache, x, self.weight, self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         weight, own = state_dict.get(f"{prefix}weight"), self.weight
@@ -226,7 +245,7 @@ def through_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[
 
 
 def centred_sum(kernels: list[Tensor]) -> Tensor:
-    """Kernels ``(..., Kh, Kw)`` of odd sizes laid over each other by their centres and added, as large as the largest."""
+    """Kernels ``(..., Kh, Kw)`` of odd sizes laid over each other by their centres and added."""
     height = max(kernel.size(-2) for kernel in kernels)
     width = max(kernel.size(-1) for kernel in kernels)
     total = kernels[0].new_zeros(())

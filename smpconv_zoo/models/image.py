@@ -36,8 +36,23 @@ from smpconv_zoo.models.build import (
     checkpoint_cfgs,
     per_stage,
 )
+from smpconv_zoo.operators import recorded
+from smpconv_zoo.ops import prefers_channels_last, unheard
 
 __all__ = ["SMPConvNet"]
+
+
+# Hidden maps of more bytes than this are computed a few images at a time, outside training on a CPU.
+_HIDDEN_BYTES = 8 * 2**20
+
+
+def _may_arrange(x: Tensor) -> bool:
+    """Whether it is ours to say how work is cut and laid out: on a CPU, without gradients, nobody recording."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        # torch.fx passes something else than a tensor.
+        return isinstance(x, Tensor) and not recorded((x,)) and not torch.is_grad_enabled() and x.device.type == "cpu"
 
 
 class SpatialMixer(nn.Module):
@@ -83,7 +98,22 @@ class ChannelMixer(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.pw2(self.pw1(self.norm(x))))
+        if self.training or not _may_arrange(x):
+            return x + self.drop_path(self.pw2(self.pw1(self.norm(x))))
+        return self._in_shares(x)
+
+    @torch.jit.unused
+    def _in_shares(self, x: Tensor) -> Tensor:
+        """A few images at a time: the hidden map, four times as large, stays in a cache and in memory used before."""
+        hidden: Any = self.pw1.conv.out_channels
+        at_once = max(1, _HIDDEN_BYTES // (hidden * x.element_size() * x.shape[2] * x.shape[3]))
+        if at_once >= len(x) or not (unheard(self.pw1) and unheard(self.pw2)):
+            return x + self.drop_path(self.pw2(self.pw1(self.norm(x))))
+        y = torch.empty_like(x)
+        for first in range(0, len(x), at_once):
+            share = x[first : first + at_once]
+            torch.add(share, self.pw2(self.pw1(self.norm(share))), out=y[first : first + at_once])
+        return y
 
     def reparameterize(self) -> None:
         """Fold the norms for inference, in place."""
@@ -310,15 +340,16 @@ class SMPConvNet(MergingNet):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         last = len(self.stages) - 1
         intermediates = []
-        x = self.stem(check_input(x, "NCHW", self.in_chans))
+        given = check_input(x, "NCHW", self.in_chans)
+        x = self.stem(_arranged(given))
         stages = self.stages[: max_index + 1] if stop_early else self.stages
         for i, stage in enumerate(stages):
             x = stage(x)
             if i in take_indices:
-                intermediates.append(self.norm(x) if norm and i == last else x)
+                intermediates.append(_laid_out_as(given, self.norm(x) if norm and i == last else x))
         if intermediates_only:
             return intermediates
-        return (self.norm(x) if len(stages) == len(self.stages) else x), intermediates
+        return _laid_out_as(given, self.norm(x) if len(stages) == len(self.stages) else x), intermediates
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -337,7 +368,8 @@ class SMPConvNet(MergingNet):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """``(N, in_chans, H, W)`` -> normalised features ``(N, num_features, H / 32, W / 32)``."""
-        return self.norm(self.stages(self.stem(check_input(x, "NCHW", self.in_chans))))
+        x = check_input(x, "NCHW", self.in_chans)
+        return _laid_out_as(x, self.norm(self.stages(self.stem(_arranged(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify; with ``pre_logits`` only pool."""
@@ -345,6 +377,20 @@ class SMPConvNet(MergingNet):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def _arranged(x: Tensor) -> Tensor:
+    """``x`` in the layout in which this device convolves fastest, where it is ours to say."""
+    if torch.jit.is_scripting():
+        return x
+    else:
+        pays = _may_arrange(x) and prefers_channels_last(x)
+        return x.contiguous(memory_format=torch.channels_last) if pays else x
+
+
+def _laid_out_as(given: Tensor, y: Tensor) -> Tensor:
+    """``y`` in the plain layout again if that was the layout of ``given``: views of it are taken."""
+    return y.contiguous() if _may_arrange(y) and given.is_contiguous() else y
 
 
 def _init_weights(module: nn.Module) -> None:

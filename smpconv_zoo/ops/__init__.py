@@ -13,6 +13,7 @@ from smpconv_zoo.ops.dispatch import (
 )
 from smpconv_zoo.ops.kept import KernelCache
 from smpconv_zoo.ops.norm import norm_sum, unheard, why_not_fused
+from smpconv_zoo.ops.onednn import prefers_channels_last
 from smpconv_zoo.ops.pair import can_run_pair, convolve_pair
 from smpconv_zoo.ops.reference import causal_conv1d_reference, conv2d_reference, depthwise_conv2d_reference
 
@@ -31,6 +32,7 @@ __all__ = [
     "depthwise_conv2d_reference",
     "depthwise_conv2d_with",
     "norm_sum",
+    "prefers_channels_last",
     "reachable_same",
     "unheard",
     "why_not",

@@ -18,7 +18,7 @@ from torch import Tensor
 from smpconv_zoo.operators import operator
 from smpconv_zoo.ops.fft import convolve_weight, empty_like_map, is_channels_last
 
-__all__ = ["can_run_onednn", "onednn_depthwise"]
+__all__ = ["can_run_onednn", "onednn_depthwise", "prefers_channels_last"]
 
 # oneDNN has the fast kernel from 14 taps in a row on; fewer, down to so many, are filled up with zeros.
 _WIDE = 15
@@ -48,6 +48,11 @@ def _why_no_kernel() -> str | None:
     if capability != "AVX512":
         return f"oneDNN's channels-last kernel needs AVX-512, PyTorch takes this CPU for {capability}"
     return None
+
+
+def prefers_channels_last(x: Tensor) -> bool:
+    """Whether convolutions of ``x`` (N, C, H, W) are fastest here with the channels innermost."""
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _why_no_kernel() is None
 
 
 def onednn_depthwise(x: Tensor, weight: Tensor) -> Tensor:
