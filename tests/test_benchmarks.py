@@ -10,7 +10,7 @@ import timm
 import torch
 from typer.testing import CliRunner
 
-from smpconv_zoo.benchmarks import measure, sequence, synthesis
+from smpconv_zoo.benchmarks import cpu, measure, sequence, synthesis
 from smpconv_zoo.cli import app
 
 CPU = torch.device("cpu")
@@ -87,16 +87,56 @@ def test_synthesis_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(result["scatter_forward_ms"] > 0 and result["dense_bytes"] > 0 for result in entry["results"])
 
 
+def test_the_direct_peer_computes_the_same_network() -> None:
+    model = timm.create_model("test_smpconv").eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(cpu._directly(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_peers_are_of_the_same_size() -> None:
+    for name, peer in cpu.PEERS.items():
+        ours, theirs = (
+            sum(parameter.numel() for parameter in timm.create_model(each).parameters()) for each in (name, peer)
+        )
+        assert abs(ours / theirs - 1) < 0.11
+
+
+def test_cpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cpu.PEERS, "test_smpconv", "test_convnext")
+    out = tmp_path / "cpu.json"
+    arguments = ["bench", "cpu", "test_smpconv", "--batch-size", "1", "--batch-size", "3", "--train", "--repeats", "1"]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    entry = json.loads(out.read_text())
+    assert [(result["work"], result["batch_size"]) for result in entry["results"]] == [
+        ("inference", 1),
+        ("inference", 3),
+        ("inference, merged", 1),
+        ("inference, merged", 3),
+        ("training", 2),
+    ]
+    for result in entry["results"]:
+        assert result["ratio"] == pytest.approx(result["ours_ms"] / result["peer_ms"])
+    assert entry["threads"] == torch.get_num_threads() and "test_convnext" in done.stdout
+    half = CliRunner().invoke(app, ["bench", "cpu", "test_smpconv", "--dtype", "bfloat16", "--repeats", "1", "--json"])
+    assert half.exit_code == 0 and {each["dtype"] for each in json.loads(half.stdout)["results"]} == {"bfloat16"}
+
+
 def test_unknown_networks_are_named() -> None:
+    done = CliRunner().invoke(app, ["bench", "cpu", "smpconv_tcn_mnist"])
+    assert done.exit_code == 1
+    assert "smpconv_tcn_mnist: there is no peer for it; choose of smpconv_t, smpconv_b" in str(done.exception)
     done = CliRunner().invoke(app, ["bench", "sequence", "smpconv_t"])
     assert done.exit_code == 1
     assert "smpconv_t: no network of a sequence task" in str(done.exception)
 
 
-@pytest.mark.parametrize("command", ["sequence", "synthesis"])
+@pytest.mark.parametrize("command", ["cpu", "sequence", "synthesis"])
 def test_a_record_without_a_place_is_refused_before_anything_is_timed(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(cpu, "_compare", pytest.fail)
     monkeypatch.setattr(measure, "median_ms", pytest.fail)
     monkeypatch.setattr(sequence, "median_ms", pytest.fail)
     monkeypatch.setattr(synthesis, "median_ms", pytest.fail)
