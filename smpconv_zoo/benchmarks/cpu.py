@@ -20,7 +20,7 @@ from smpconv_zoo.ops import depthwise_conv2d_reference
 
 __all__ = ["PEERS", "CpuTime", "bench_cpu"]
 
-# timm's networks of the same size: parameters and multiply-accumulates within a tenth.
+# timm's networks of about the same size: 26.7 and 28.6 M, 79.5 and 88.6 M parameters.
 PEERS = {"smpconv_t": "convnext_tiny", "smpconv_b": "convnext_base"}
 # Both gradients of a 31 x 31 kernel take F.conv2d seconds at any larger batch.
 _TRAIN_BATCH = 2

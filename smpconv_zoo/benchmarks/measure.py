@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from smpconv_zoo.environment import hardware, versions
 from smpconv_zoo.files import write_whole
 
-__all__ = ["median_ms", "peak_bytes", "record", "write_record"]
+__all__ = ["graphed", "median_ms", "peak_bytes", "record", "write_record"]
 
 
 def median_ms(work: Callable[[], Any], device: torch.device, repeats: int = 10, warm_up: int = 2) -> float:
@@ -34,6 +34,21 @@ def median_ms(work: Callable[[], Any], device: torch.device, repeats: int = 10, 
         _wait(device)
         times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
+
+
+def graphed(work: Callable[[], Any], times: int = 1) -> Callable[[], None]:
+    """``work``, so many times in a row, as one CUDA graph to replay: what the GPU takes for it, without launching."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            work()
+    return graph.replay
 
 
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int:

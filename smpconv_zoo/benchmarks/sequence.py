@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from smpconv_zoo.benchmarks.measure import median_ms
+from smpconv_zoo.benchmarks.measure import graphed, median_ms
 from smpconv_zoo.kernels import render_kernel_reference
 from smpconv_zoo.layers import SMPConv1d, SMPConv2d
 from smpconv_zoo.models.build import sample_shape
@@ -117,16 +117,7 @@ def _inference(model: nn.Module, x: Tensor, repeats: int) -> float:
 @torch.inference_mode()
 def _graphed_inference(model: nn.Module, x: Tensor, repeats: int) -> float:
     model.eval()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            model(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model(x)
-    return median_ms(graph.replay, x.device, repeats)
+    return median_ms(graphed(lambda: model(x)), x.device, repeats)
 
 
 def _peer(model: nn.Module) -> nn.Module:
