@@ -106,11 +106,12 @@ class _PointKernel(nn.Module):
 
     In eval mode the kernel is rendered once and kept until one of the four tensors changes. Writes are told by their
     versions, other tensors or memory in their place by identity and address; on the CPU the numbers themselves are
-    compared, too, so that no write escapes, be it through ``.data``, NumPy or a fused optimizer, which no version counts.
-    A GPU would have to be waited for: there, such a write is noticed only after ``train()``, ``eval()``, a move, a load or
-    a forward pass with gradients, which drop the kernel, and nothing is kept while points hold gradients. Where gradients
-    flow to the points, or where somebody records (compilers, tracers, transforms, dispatch modes, CUDA graphs), nothing
-    is kept and nothing kept is used. The kept kernel is no part of state dicts, copies and pickles.
+    compared, too, so that no write escapes, be it through ``.data``, NumPy or a fused optimizer, which no version
+    counts. A GPU would have to be waited for: there, such a write is noticed only after ``train()``, ``eval()``, a
+    move, a load or a forward pass with gradients, which drop the kernel, and nothing is kept while points hold
+    gradients. Where gradients flow to the points, or where somebody records (compilers, tracers, transforms, dispatch
+    modes, CUDA graphs), nothing is kept and nothing kept is used. The kept kernel is no part of state dicts, copies and
+    pickles.
     """
 
     def __init__(
@@ -181,10 +182,11 @@ class _PointKernel(nn.Module):
         # Tensors made in inference mode do not count writes.
         if any(t.is_inference() for t in sources):
             return None
-        if self.weight.is_cuda:
-            # The steps of PyTorch's fused optimizers are not counted either, and on a GPU numbers are not compared.
-            if any(t.is_leaf and t.grad is not None for t in sources) or torch.cuda.is_current_stream_capturing():
-                return None
+        # A step of PyTorch's fused optimizers is not counted either, and on a GPU numbers are not compared.
+        if self.weight.is_cuda and any(t.is_leaf and t.grad is not None for t in sources):
+            return None
+        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
         # Read once and replaced whole: other threads may do the same.
         rendered = self._rendered
         if rendered is None or not rendered.is_of(sources):
