@@ -47,29 +47,37 @@ def main() -> None:
     write(f"command: {' '.join(sys.argv)}")
     write(f"hardware: {hardware(device)}; versions: {versions()}; float32, batch {args.batch_size}, milliseconds")
     write(f"TF32 allowed: matmul {torch.backends.cuda.matmul.allow_tf32}, cudnn {torch.backends.cudnn.allow_tf32}")
-    for title, function, depthwise, shapes in (
-        ("depthwise_conv2d (C, H = W, K)", ops.depthwise_conv2d, True, DEPTHWISE),
-        ("causal_conv1d (I, O, L, K)", ops.causal_conv1d, False, CAUSAL),
-        ("conv2d (I, O, H = W, K)", ops.conv2d, False, DENSE),
+    for title, function, layout, shapes in (
+        ("depthwise_conv2d (C, H = W, K)", ops.depthwise_conv2d, torch.contiguous_format, DEPTHWISE),
+        ("the same, channels last", ops.depthwise_conv2d, torch.channels_last, DEPTHWISE),
+        ("causal_conv1d (I, O, L, K)", ops.causal_conv1d, torch.contiguous_format, CAUSAL),
+        ("conv2d (I, O, H = W, K)", ops.conv2d, torch.contiguous_format, DENSE),
     ):
-        write(f"\n{title:32} {'forward':>31}   {'train':>31}")
-        write(
-            f"{'':32} {'reference':>10} {'fft':>9} {'ratio':>6} {'auto':>3}   {'reference':>10} {'fft':>9} {'ratio':>6}"
-        )
+        half = "".join(f"{name:>10}" for name in BACKENDS) + f"{'auto':>10}"
+        write(f"\n{title:32}{half}   training:{half}")
         for shape in shapes:
             x, weight = tensors(function, shape, args.batch_size, device)
-            chosen = _choose(x, weight, "auto", depthwise=depthwise)
-            forward = [timed(partial(function, x, weight, backend=b), args.repeats, device) for b in BACKENDS]
+            x = x.contiguous(memory_format=layout)
+            forward = row(function, function, x, weight, args.repeats)
             x.requires_grad_()
             weight.requires_grad_()
-            train = [timed(partial(step, function, x, weight, b), args.repeats, device) for b in BACKENDS]
-            write(
-                f"{shape!s:32} {forward[0]:10.3f} {forward[1]:9.3f} {forward[0] / forward[1]:6.2f} {chosen:>4.4}   "
-                f"{train[0]:10.3f} {train[1]:9.3f} {train[0] / train[1]:6.2f}"
-            )
+            train = row(partial(step, function), function, x, weight, args.repeats)
+            write(f"{shape!s:32}{forward}            {train}")
 
 
-BACKENDS = ("reference", "fft")
+BACKENDS = ("reference", "fft", "onednn")
+
+
+def row(work: Callable, function: Callable, x: Tensor, weight: Tensor, repeats: int) -> str:
+    """Milliseconds of every backend that can run, and the one that `auto` takes."""
+    depthwise = function is ops.depthwise_conv2d
+    cells = []
+    for backend in BACKENDS:
+        runs = ops.why_not(x, weight)[backend] is None and (depthwise or backend != "onednn")
+        cells.append(
+            f"{timed(partial(work, x, weight, backend=backend), repeats, x.device):10.3f}" if runs else f"{'':10}"
+        )
+    return "".join(cells) + f"{_choose(x, weight, 'auto', depthwise=depthwise):>10}"
 
 
 def tensors(function: Callable, shape: tuple[int, ...], batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
