@@ -487,13 +487,12 @@ class ConvNormAct(timm.layers.ConvNormAct):
 
     def reparameterize(self) -> None:
         """Fold the norm into the convolution, in place; the activation takes the place of the norm."""
-        if norm_affine(self.bn) is not None:
-            self._fold(None)
+        self._fold(None)
         self.eval()
 
     def absorb(self, norm: nn.Module) -> nn.Module:
         """The same, with the norm in front as well; returns what has to stay in front."""
-        if norm_affine(norm) is not None and self._fold(norm):
+        if self._fold(norm):
             norm = nn.Identity()
         self.reparameterize()
         return norm
