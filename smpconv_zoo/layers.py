@@ -96,9 +96,9 @@ class _Rendered:
 
 def _stamp(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
     """What tells writes to tensors, or other memory in their place; on a GPU also the stream that orders the work."""
-    stamps: list[object] = [(t._version, t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in tensors]
-    stamps += [torch.cuda.current_stream(t.device).cuda_stream for t in tensors if t.is_cuda]
-    return tuple(stamps)
+    device = tensors[0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return (stream, *((t._version, t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in tensors))
 
 
 class _PointKernel(nn.Module):
@@ -182,7 +182,7 @@ class _PointKernel(nn.Module):
         # Tensors made in inference mode do not count writes.
         if any(t.is_inference() for t in sources):
             return None
-        # A step of PyTorch's fused optimizers is not counted either, and on a GPU numbers are not compared.
+        # Steps of PyTorch's fused optimizers and replayed steps are not counted, and on a GPU no numbers are compared.
         if self.weight.is_cuda and any(t.is_leaf and t.grad is not None for t in sources):
             return None
         if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
