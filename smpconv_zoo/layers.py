@@ -102,9 +102,9 @@ class _Rendered:
 
 def _stamp(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
     """What tells writes to tensors, or other memory in their place; on a GPU also the stream that orders the work."""
-    stamps: list[object] = [(t._version, t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in tensors]
-    stamps += [torch.cuda.current_stream(t.device).cuda_stream for t in tensors if t.is_cuda]
-    return tuple(stamps)
+    device = tensors[0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    return (stream, *((t._version, t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in tensors))
 
 
 class _PointKernel(nn.Module):
@@ -188,7 +188,7 @@ class _PointKernel(nn.Module):
         # Tensors made in inference mode do not count writes.
         if any(t.is_inference() for t in sources):
             return None
-        # A step of PyTorch's fused optimizers is not counted either, and on a GPU numbers are not compared.
+        # Steps of PyTorch's fused optimizers and replayed steps are not counted, and on a GPU no numbers are compared.
         if self.weight.is_cuda and any(t.is_leaf and t.grad is not None for t in sources):
             return None
         if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -505,13 +505,12 @@ class ConvNormAct(timm.layers.ConvNormAct):
 
     def reparameterize(self) -> None:
         """Fold the norm into the convolution, in place; the activation takes the place of the norm."""
-        if norm_affine(self.bn) is not None:
-            self._fold(None)
+        self._fold(None)
         self.eval()
 
     def absorb(self, norm: nn.Module) -> nn.Module:
         """The same, with the norm in front as well; returns what has to stay in front."""
-        if norm_affine(norm) is not None and self._fold(norm):
+        if self._fold(norm):
             norm = nn.Identity()
         self.reparameterize()
         return norm

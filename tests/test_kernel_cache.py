@@ -140,6 +140,15 @@ def swap(layer: Any) -> None:
     torch.utils.swap_tensors(layer.weight, nn.Parameter(2 * layer.weight.detach()))
 
 
+@torch.no_grad()
+def alias(layer: Any) -> None:
+    """Another parameter of the same memory, with as many writes of its own."""
+    other = nn.Parameter(layer.weight.data)
+    while other._version < layer.weight._version:
+        other.mul_(1.1)
+    layer.weight = other
+
+
 def without_grad(change: Callable[[Any], object]) -> Callable[[Any], object]:
     return torch.no_grad()(change)
 
@@ -172,6 +181,7 @@ TOLD: dict[str, Callable[[Any], object]] = {
     "data of another tensor, weight": to_data("weight"),
     "data of another tensor, coords": to_data("coords"),
     "swapped": swap,
+    "alias": alias,
 }
 # Writes that no tensor counts.
 UNTOLD: dict[str, Callable[[Any], object]] = {

@@ -209,6 +209,19 @@ def test_old_taps_that_no_point_touches_are_left_out() -> None:
     assert merged.weight.size(2) == module.large.conv.reach() < 260
 
 
+@pytest.mark.parametrize("layer", [SMPConv1d(3, 4, 40), SMPConv2d(3, 4, 15, normalization="count")])
+def test_points_are_counted_as_the_layer_counts_them(layer: Any) -> None:
+    """Tents that end at a tap: whether they touch it is decided by rounding, and one point more halves the kernel."""
+    generator = torch.Generator().manual_seed(0)
+    line = layer.grid[0] if layer.grid.dim() == 2 else layer.grid[0, 0]
+    taps = torch.randint(len(line) - 6, layer.coords.shape, generator=generator)
+    with torch.no_grad():
+        layer.coords.copy_(line[taps])
+        layer.radius.copy_(line[taps[..., 0] + 5] - line[taps[..., 0]])
+        taps = layer.fuse().weight
+        assert torch.equal(taps, layer.kernel()[..., -taps.size(-1) :])
+
+
 def test_a_norm_in_front_of_padding_stays() -> None:
     norm, conv = randomized(nn.BatchNorm2d(4)), nn.Conv2d(4, 6, 3, padding=1)
     assert fold_conv2d(conv, norm, None) is None
