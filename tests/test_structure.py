@@ -30,6 +30,9 @@ ORDER = (
     ("checkpoints",),
     ("catalogue",),
     ("data",),
+    ("description",),
+    ("exported",),
+    ("exporting", "predicting"),
     ("evaluation",),
     ("training",),
     ("benchmarks",),
@@ -53,7 +56,7 @@ ORDER_WITHIN = {
         ("__init__",),
     ),
     "models": (("build",), ("image", "sequence"), ("__init__",)),
-    "data": (("mfcc", "protocol", "ts_files"), ("mnist5k", "speech_commands"), ("pictures",), ("__init__",)),
+    "data": (("mfcc", "protocol", "ts_files"), ("mnist5k", "speech_commands"), ("classes", "pictures"), ("__init__",)),
     "evaluation": (
         ("complexity", "figures", "golden", "tables", "test_sets"),
         ("classification", "model_card"),
