@@ -24,7 +24,7 @@ from smpconv_zoo.description import Description, load_described
 from smpconv_zoo.environment import usable_device
 from smpconv_zoo.exported import EXTRA_FILE, FORMATS, METADATA, open_exported, require
 from smpconv_zoo.files import sha256_of_file, whole_file
-from smpconv_zoo.layers import CausalConv1d, SMPConv1d, SMPConv2d
+from smpconv_zoo.layers import CausalConv1d, MergedConv1d, MergedConv2d, SMPConv1d, SMPConv2d
 
 __all__ = ["TOLERANCE", "Check", "ExportError", "Exported", "export_model", "export_network", "plain_network"]
 
@@ -153,27 +153,28 @@ def export_model(
 
 
 def plain_network(model: nn.Module) -> nn.Module:
-    """A copy of a network, in eval mode, whose continuous convolutions are PyTorch's own, with padding.
+    """A merged copy of a network of this package, in PyTorch's own convolutions with padding.
 
     Its answers are those of ``model`` up to rounding, at any size of the input. Nothing in it is an operator of this
     package.
     """
-    plain = copy.deepcopy(model).eval().requires_grad_(False)
+    plain: Any = copy.deepcopy(model).eval()
+    plain.reparameterize()
     for module in list(plain.modules()):
         for name, child in module.named_children():
             replacement = _plain(child)
             if replacement is not None:
                 setattr(module, name, replacement)
-    return plain
+    return plain.requires_grad_(False)
 
 
 def _plain(module: nn.Module) -> nn.Module | None:
     """PyTorch's own convolution in place of one of this package; None for any other module."""
-    if isinstance(module, SMPConv2d):
-        return _plain_2d(module.kernel(), module.bias, module.groups)
-    if isinstance(module, SMPConv1d):
-        return _plain_1d(module.kernel(), module.bias)
-    if isinstance(module, CausalConv1d):
+    if isinstance(module, SMPConv1d | SMPConv2d):  # beside a norm of another kind than those that can be folded
+        module = module.fuse()
+    if isinstance(module, MergedConv2d):
+        return _plain_2d(module.weight, module.bias, module.weight.size(0) if module.depthwise else 1)
+    if isinstance(module, MergedConv1d | CausalConv1d):
         return _plain_1d(module.weight, module.bias)
     return None
 
@@ -192,9 +193,6 @@ def _plain_2d(kernel: Tensor, bias: Tensor | None, groups: int) -> nn.Module:
 
 
 def _plain_1d(kernel: Tensor, bias: Tensor | None) -> nn.Module:
-    """The oldest taps that no point touches are left out: they are zero, and cost as much as any other."""
-    touched = kernel.ne(0).any(dim=0).any(dim=0).nonzero()
-    kernel = kernel[..., int(touched[0]) if len(touched) else kernel.size(2) - 1 :]
     conv = nn.Conv1d(kernel.size(1), kernel.size(0), kernel.size(2), bias=bias is not None)
     return nn.Sequential(nn.ConstantPad1d((kernel.size(2) - 1, 0), 0.0), _with_weights(conv, kernel, bias))
 

@@ -10,11 +10,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import timm.layers
 import torch
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel
+from smpconv_zoo.merged import (
+    ChannelAffine,
+    Merged,
+    MergedConv1d,
+    MergedConv2d,
+    centred_sum,
+    fold_conv2d,
+    newest_sum,
+    norm_affine,
+    through_norm,
+    wide,
+)
 from smpconv_zoo.operators import recorded
 from smpconv_zoo.ops import (
     can_run_pair,
@@ -33,7 +46,12 @@ __all__ = [
     "ActivatedPair",
     "CausalConv1d",
     "ConvNorm",
+    "ConvNormAct",
+    "FinalNorm",
     "LargeSmallConv",
+    "MergedConv1d",
+    "MergedConv2d",
+    "MergedPair",
     "SMPConv1d",
     "SMPConv2d",
     "clip_radius_",
@@ -107,6 +125,16 @@ class _PointKernel(nn.Module):
     def kernel(self) -> Tensor:
         """The rendered kernel, ``(out, in per group, *kernel_size)``."""
         return render_kernel(self.coords, self.radius, self.weight, self.grid, self.normalization)
+
+    @torch.no_grad()
+    def _widest_kernel(self, grid: Tensor) -> Tensor:
+        """The kernel on ``grid`` for folding, rendered in the precision in which the layer itself renders it.
+
+        In more of it, a tap at the very edge of a tent could count one point more or less.
+        """
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        coords, radius, weight, grid = (each.to(dtype) for each in (self.coords, self.radius, self.weight, grid))
+        return wide(render_kernel(coords, radius, weight, grid, self.normalization))
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -211,6 +239,11 @@ class SMPConv2d(_PointKernel):
         y = depthwise_conv2d(x, kernel)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
 
+    def fuse(self) -> MergedConv2d:
+        """The same as an ordinary convolution, for inference; :func:`timm.utils.reparameterize_model` calls this."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return MergedConv2d(self._widest_kernel(self.grid).to(self.weight), bias, self.depthwise)
+
 
 @register_notrace_module
 class SMPConv1d(_PointKernel):
@@ -308,6 +341,17 @@ class SMPConv1d(_PointKernel):
             return causal_conv1d(x, self.kernel(), self.bias)
         return causal_conv1d(x, self.kernel_for(x), self.bias)
 
+    def fuse(self) -> MergedConv1d:
+        """The same as an ordinary convolution, for inference; :func:`timm.utils.reparameterize_model` calls this."""
+        bias = None if self.bias is None else self.bias.detach().clone()
+        return MergedConv1d(self._newest_taps().to(self.weight), bias)
+
+    def _newest_taps(self) -> Tensor:
+        """The kernel in double precision, without the old taps that no point touches."""
+        taps = self.kernel_size[0]
+        plain = not recorded((self.coords, self.grid)) and self.coords.device.type in ("cpu", "cuda")
+        return self._widest_kernel(self.grid[:, taps - (self.reach() if plain else taps) :])
+
 
 @register_notrace_module
 class CausalConv1d(nn.Conv1d):
@@ -339,6 +383,50 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
 
+    def fuse(self) -> nn.Module:
+        """Both as one convolution with bias, for inference; the module itself if they cannot be folded."""
+        return _one_convolution((self,)) or self
+
+
+class ConvNormAct(timm.layers.ConvNormAct):
+    """timm's convolution with norm and activation, which can be merged for inference."""
+
+    def reparameterize(self) -> None:
+        """Fold the norm into the convolution, in place; the activation takes the place of the norm."""
+        if norm_affine(self.bn) is not None:
+            self._fold(None)
+        self.eval()
+
+    def absorb(self, norm: nn.Module) -> nn.Module:
+        """The same, with the norm in front as well; returns what has to stay in front."""
+        if norm_affine(norm) is not None and self._fold(norm):
+            norm = nn.Identity()
+        self.reparameterize()
+        return norm
+
+    def _fold(self, before: nn.Module | None) -> bool:
+        parts: Any = self
+        merged = fold_conv2d(parts.conv, before, parts.bn)
+        if merged is None or not isinstance(parts.bn.drop, nn.Identity):
+            return False
+        parts.conv, parts.bn = merged, parts.bn.act
+        return True
+
+
+@register_notrace_module
+class FinalNorm(nn.BatchNorm2d):
+    """A batch norm with no convolution behind it; merged, it is a factor and a shift."""
+
+    def fuse(self) -> nn.Module:
+        """The same for inference; the norm itself if it has no running statistics."""
+        affine = norm_affine(self)
+        if affine is None:
+            return self
+        scale, shift = affine
+        like = self.running_mean
+        assert like is not None
+        return ChannelAffine(scale.to(like), shift.to(like))
+
 
 class LargeSmallConv(nn.Module):
     """A continuous kernel and a small ordinary one side by side, each with its norm, summed."""
@@ -350,6 +438,10 @@ class LargeSmallConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.large(x) + self.small(x)
+
+    def fuse(self) -> nn.Module:
+        """Kernels and norms as one convolution with bias, for inference; the module itself if they cannot be folded."""
+        return _one_convolution((self.large, self.small)) or self
 
 
 @register_notrace_module
@@ -388,6 +480,11 @@ class ActivatedPair(nn.Module):
             y = torch.relu(y + residual)
         return y
 
+    def fuse(self) -> nn.Module:
+        """The same with one convolution, for inference; the module itself if the two cannot be folded."""
+        conv = _one_convolution((self.large, self.small))
+        return self if conv is None else MergedPair(conv, self.relu)
+
     @torch.jit.unused
     def _convolve_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         large: Any = self.large.conv
@@ -405,6 +502,9 @@ class ActivatedPair(nn.Module):
         """The same with the tail in one operator, or None where that cannot run."""
         if not (x.is_cuda and unheard(self.large) and unheard(self.small)):
             return None
+        if not (isinstance(self.large, ConvNorm) and isinstance(self.small, ConvNorm)):
+            # One of them has been merged, and the other could not be.
+            return None
         a, b = self._convolve_both(x)
         if why_not_fused(a, b, self.large.norm, self.small.norm) is not None:
             return self._plain(self.large.norm(a) + self.small.norm(b), residual)
@@ -412,19 +512,80 @@ class ActivatedPair(nn.Module):
         return norm_sum(a, b, self.large.norm, self.small.norm, self.relu, drop_rate, residual)
 
 
+@register_notrace_module
+class MergedPair(Merged):
+    """An :class:`ActivatedPair` for inference: one convolution, and what follows it.
+
+    Args:
+        conv: The convolution that both have become.
+        relu: Whether its output goes through a ReLU.
+
+    Shape: as of :class:`ActivatedPair`.
+    """
+
+    def __init__(self, conv: MergedConv1d | MergedConv2d, relu: bool) -> None:
+        super().__init__()
+        self.conv = conv
+        self.relu = relu
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self.conv(x)
+        if self.relu:
+            y = torch.relu(y)
+        return y if residual is None else torch.relu(y + residual)
+
+
+def _one_convolution(branches: Sequence[nn.Module]) -> MergedConv1d | MergedConv2d | None:
+    """Parallel convolutions with their norms as one with bias; None if there is anything that cannot be folded."""
+    kernels: list[Tensor] = []
+    biases: list[Tensor] = []
+    depthwise: bool | None = None
+    for branch in branches:
+        if not isinstance(branch, ConvNorm):
+            return None
+        conv: Any = branch.conv
+        if isinstance(conv, SMPConv1d):
+            kernel, each = conv._newest_taps(), None
+        elif isinstance(conv, SMPConv2d):
+            kernel, each = conv._widest_kernel(conv.grid), conv.depthwise
+        elif _keeps_size(conv):
+            kernel, each = conv.weight, None if conv.weight.dim() == 3 else _is_depthwise(conv)
+        else:
+            return None
+        folded = through_norm(kernel, conv.bias, branch.norm)
+        if folded is None or (kernels and (each != depthwise or folded[0].dim() != kernels[0].dim())):
+            return None
+        depthwise = each
+        kernels.append(folded[0])
+        biases.append(folded[1])
+    weight: Any = conv.weight
+    bias = torch.stack(biases).sum(0).to(weight)
+    if depthwise is None:
+        return MergedConv1d(newest_sum(kernels).to(weight).contiguous(), bias)
+    return MergedConv2d(centred_sum(kernels).to(weight).contiguous(), bias, depthwise)
+
+
 def _is_plain(conv: nn.Module) -> bool:
     """Whether a convolution is one that the dispatcher knows: stride 1, output as large as the input."""
+    return unheard(conv) and _keeps_size(conv) and bool(isinstance(conv, CausalConv1d) or conv.groups == 1)
+
+
+def _keeps_size(conv: Any) -> bool:
+    """Whether a convolution is an ordinary one of stride 1 with an output as large as the input, dense or depthwise."""
     if type(conv) is CausalConv1d:
-        return unheard(conv)
+        return True
     return (
         type(conv) is nn.Conv2d
         and conv.stride == conv.dilation == (1, 1)
-        and conv.groups == 1
+        and (conv.groups == 1 or _is_depthwise(conv))
         and conv.kernel_size[0] % 2 == conv.kernel_size[1] % 2 == 1
         and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)
         and conv.padding_mode == "zeros"
-        and unheard(conv)
     )
+
+
+def _is_depthwise(conv: nn.Conv2d) -> bool:
+    return conv.groups == conv.in_channels == conv.out_channels
 
 
 def clip_radius_(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from smpconv_zoo.kernels import render_kernel
-from smpconv_zoo.layers import ActivatedPair, CausalConv1d, SMPConv1d
+from smpconv_zoo.layers import ActivatedPair, CausalConv1d, MergedConv1d, MergedPair, SMPConv1d
 from smpconv_zoo.models import SMPConvTCN
 from smpconv_zoo.ops import causal_conv1d
 
@@ -45,7 +45,8 @@ class CausalStream:
     For inference: nothing is recorded for gradients, dropout and stochastic depth are off, and norms use their running
     statistics, as all of the network's modules must in eval mode. Autocast has no effect. Weights and statistics are
     read when the stream is made: the stream does not notice what becomes of the network, and the network does not
-    notice the stream. One signal (or batch of signals, in step) to a stream; a network may have many.
+    notice the stream. A merged network can be streamed as well. One signal (or batch of signals, in step) to a stream;
+    a network may have many.
 
     Memory: with the stream, the kernel of every large + small pair, rendered once as far as points reach,
     ``taps = max(large.reach(), small_kernel_size)`` of ``(out, in)`` each, whatever the kernel size. For the signal,
@@ -220,6 +221,13 @@ def _convolve_directly(window: Tensor, kernel: Tensor, samples: int) -> Tensor:
 
 
 def _read_pair(pair: object, name: str) -> _Pair:
+    if (
+        isinstance(pair, MergedPair)
+        and isinstance(pair.conv, MergedConv1d)
+        and pair.relu
+        and pair.conv.bias is not None
+    ):
+        return _Pair(pair.conv.weight.detach().clone(), pair.conv.bias.detach().clone())
     if not isinstance(pair, ActivatedPair) or not pair.relu:
         raise TypeError(f"a stream needs an ActivatedPair with a ReLU in place {name}, got {type(pair).__name__}")
     large, small = pair.large.conv, pair.small.conv

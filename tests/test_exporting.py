@@ -26,6 +26,7 @@ from smpconv_zoo.description import Description, describe, load_described
 from smpconv_zoo.exported import EXTRA_FILE, ExportedFileError, format_of, open_exported
 from smpconv_zoo.exporting import ExportError, export_model, export_network, plain_network
 from smpconv_zoo.files import whole_file
+from smpconv_zoo.merged import ChannelAffine
 from smpconv_zoo.pretrained.cards import CardError
 
 pytestmark = [
@@ -89,7 +90,6 @@ def test_round_trip(name: str, format: str, tmp_path: Path) -> None:
     run, read_back = open_exported(out)
     assert read_back == description
     assert_same_answers(model, run, [(b, *size) for size in NETWORKS[name][1] for b in (1, 4)])
-    assert model.training is False and not any("conv.weight" in key and key.endswith("1.weight") for key in [])
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -121,7 +121,7 @@ def test_round_trip_through_aot_inductor(tmp_path: Path) -> None:
     run, read_back = open_exported(out)
     assert read_back == description
     assert_same_answers(model, run, [(1, 1, 77), (4, 1, 5)])
-    with pytest.raises(ValueError, match="device 'cuda:9' cannot be used|compiled for cpu"):
+    with pytest.raises(ValueError, match=r"device 'cuda:9' cannot be used|compiled for cpu"):
         open_exported(out, "cuda:9")
 
 
@@ -187,17 +187,9 @@ def test_a_plain_network_consists_of_pytorchs_modules() -> None:
     for name in NETWORKS:
         model, description = network(name)
         plain = plain_network(model)
-        for module in plain.modules():
-            assert (
-                not any(True for _ in module.parameters(recurse=False))
-                or type(module)
-                in (
-                    nn.Conv1d,
-                    nn.Conv2d,
-                    nn.Linear,
-                )
-                or type(module).__name__ == "ChannelAffine"
-            )
+        kinds = {type(module) for module in plain.modules() if list(module.parameters(recurse=False))}
+        # In front of the pooling an image network keeps a factor and a shift for each channel.
+        assert kinds <= {nn.Conv1d, nn.Conv2d, nn.Linear, ChannelAffine}
         assert_same_answers(model, plain, [(2, *description.preprocessing.input_size)])
 
 
@@ -384,7 +376,7 @@ def test_files_that_are_none_of_ours(tmp_path: Path) -> None:
     for suffix in (".onnx", ".pt2", ".pt"):
         path = tmp_path / f"a{suffix}"
         path.write_bytes(b"nothing")
-        with pytest.raises(ExportedFileError, match="cannot be run by onnxruntime|no exported network"):
+        with pytest.raises(ExportedFileError, match=r"cannot be run by onnxruntime|no exported network"):
             open_exported(path)
         with pytest.raises(OSError):
             open_exported(tmp_path / f"absent{suffix}")
@@ -472,20 +464,14 @@ def test_a_folder_with_a_card_is_exported_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "digits"
     folder.mkdir()
     shutil.copy(weights_dir() / f"{DIGITS}.safetensors", folder / "model.safetensors")
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "architecture": "smpconv_tcn_mnist",
-                "num_classes": 10,
-                "pretrained_cfg": {
-                    "input_size": [1, 1, 784],
-                    "mean": [0.1307],
-                    "std": [0.3081],
-                    "label_names": [f"digit {i}" for i in range(10)],
-                },
-            }
-        )
-    )
+    own = {
+        "input_size": [1, 1, 784],
+        "mean": [0.1307],
+        "std": [0.3081],
+        "label_names": [f"digit {i}" for i in range(10)],
+    }
+    config = {"architecture": "smpconv_tcn_mnist", "num_classes": 10, "pretrained_cfg": own}
+    (folder / "config.json").write_text(json.dumps(config))
     _, without = load_described(f"local-dir:{folder}")
     assert without.checkpoint is None and without.preprocessing.pixels is None
     assert without.classes is not None and without.classes[3] == "digit 3"

@@ -23,6 +23,7 @@ ORDER = (
     ("points", "operators", "gpu"),
     ("kernels",),
     ("ops",),
+    ("merged",),
     ("layers",),
     ("pretrained",),
     ("models",),

@@ -30,6 +30,9 @@ RELATIVE_ERROR = {
     "streamed": 1e-5,
     # Other runtimes, norms multiplied into the weights in double precision; what the exporter itself allows is more.
     "exported": 1e-5,
+    # Kernels, norms and 1x1 convolutions multiplied out before they are applied, in float32; and in double precision.
+    "merged": 1e-5,
+    "merged, float64": 1e-12,
     "loss": 1e-5,
     # Gradients of a tiny network in train mode: sums over few values, through batch norms with batches of 4.
     "gradient": 1e-4,

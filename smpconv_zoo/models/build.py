@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import timm
 import torch
+from timm.layers import ClassifierHead
 from timm.models import (
     adapt_input_conv,
     build_model_with_cfg,
@@ -26,6 +27,7 @@ from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint
 __all__ = [
     "IMAGE_POOLS",
     "PAPER",
+    "ImageHead",
     "build_smpconv",
     "check_arguments",
     "check_head",
@@ -47,6 +49,14 @@ PAPER = {
     "paper_name": "SMPConv: Self-moving Point Representations for Continuous Convolution",
     "origin_url": "https://github.com/sangnekim/SMPConv",
 }
+
+
+class ImageHead(ClassifierHead):
+    """timm's classifier head; merging a network for inference turns its dropout off."""
+
+    def reparameterize(self) -> None:
+        """Nothing to fold; into eval mode."""
+        self.eval()
 
 
 def checkpoint_cfgs(network: str, cfg: dict[str, Any], default_tag: str = "") -> dict[str, dict[str, Any]]:

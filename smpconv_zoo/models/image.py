@@ -18,15 +18,17 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, ConvNormAct, DropPath, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from smpconv_zoo.layers import ConvNorm, LargeSmallConv, SMPConv2d, parameter_roles
+from smpconv_zoo.layers import ConvNorm, ConvNormAct, FinalNorm, LargeSmallConv, SMPConv2d, parameter_roles
+from smpconv_zoo.merged import MergingNet
 from smpconv_zoo.models.build import (
     IMAGE_POOLS,
     PAPER,
+    ImageHead,
     build_smpconv,
     check_arguments,
     check_head,
@@ -45,11 +47,11 @@ class SpatialMixer(nn.Module):
         self, dim: int, kernel_size: int, small_kernel_size: int, points_divisor: int, drop_path: float, **dd: Any
     ) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.norm: nn.Module = nn.BatchNorm2d(dim, **dd)
         self.pw1 = ConvNormAct(dim, dim, 1, **dd)
         large = SMPConv2d(dim, dim, kernel_size, groups=dim, points_divisor=points_divisor, **dd)
         small = nn.Conv2d(dim, dim, small_kernel_size, padding=small_kernel_size // 2, groups=dim, bias=False, **dd)
-        self.conv_dw = LargeSmallConv(
+        self.conv_dw: Any = LargeSmallConv(
             ConvNorm(large, nn.BatchNorm2d(dim, **dd)), ConvNorm(small, nn.BatchNorm2d(dim, **dd))
         )
         self.act = nn.ReLU()
@@ -61,6 +63,13 @@ class SpatialMixer(nn.Module):
         y = self.act(self.conv_dw(y))
         return x + self.drop_path(self.pw2(y))
 
+    def reparameterize(self) -> None:
+        """Fold points and norms for inference, in place."""
+        self.norm = self.pw1.absorb(self.norm)
+        self.pw2.reparameterize()
+        self.conv_dw = self.conv_dw.fuse()
+        self.requires_grad_(False).eval()
+
 
 class ChannelMixer(nn.Module):
     """Residual half that mixes channels: norm, 1x1, GELU, 1x1."""
@@ -68,13 +77,19 @@ class ChannelMixer(nn.Module):
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float, **dd: Any) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.norm: nn.Module = nn.BatchNorm2d(dim, **dd)
         self.pw1 = ConvNormAct(dim, hidden, 1, act_layer=nn.GELU, **dd)
         self.pw2 = ConvNormAct(hidden, dim, 1, apply_act=False, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.drop_path(self.pw2(self.pw1(self.norm(x))))
+
+    def reparameterize(self) -> None:
+        """Fold the norms for inference, in place."""
+        self.norm = self.pw1.absorb(self.norm)
+        self.pw2.reparameterize()
+        self.requires_grad_(False).eval()
 
 
 class SMPConvBlock(nn.Module):
@@ -135,7 +150,7 @@ class SMPConvStage(nn.Module):
         return self.blocks(x)
 
 
-class SMPConvNet(nn.Module):
+class SMPConvNet(MergingNet):
     """SMPConvNet for images of any size.
 
     Args:
@@ -229,8 +244,8 @@ class SMPConvNet(nn.Module):
         self.stages = nn.Sequential(*stages)
         self.feature_info = feature_info
         self.num_features = width
-        self.norm: nn.Module = nn.BatchNorm2d(width, **dd)
-        self.head = ClassifierHead(width, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.norm: nn.Module = FinalNorm(width, **dd)
+        self.head = ImageHead(width, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.apply(_init_weights)
 

@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, get_device_dtype, trunc_normal_
+from timm.layers import DropPath, get_device_dtype, trunc_normal_
 from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from smpconv_zoo.layers import ActivatedPair, CausalConv1d, ConvNorm, SMPConv1d, SMPConv2d, parameter_roles
+from smpconv_zoo.merged import MergingNet
 from smpconv_zoo.models.build import (
     IMAGE_POOLS,
     PAPER,
+    ImageHead,
     build_smpconv,
     check_arguments,
     check_head,
@@ -69,6 +71,10 @@ class SequenceHead(nn.Module):
         if pool_type is not None:
             self.pool_type = pool_type
         self.fc = self._classifier(num_classes, **dd).train(self.training)
+
+    def reparameterize(self) -> None:
+        """Nothing to fold; into eval mode."""
+        self.eval()
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         if self.pool_type == "last":
@@ -133,8 +139,8 @@ class TCNBlock(nn.Module):
                 drop_rate=drop_rate,
             )
 
-        self.conv1 = pair(in_dim)
-        self.conv2 = pair(dim)
+        self.conv1: Any = pair(in_dim)
+        self.conv2: Any = pair(dim)
         self.drop_path: nn.Module | None = DropPath(drop_path) if drop_path > 0 else None
         self.shortcut = nn.Identity() if in_dim == dim else nn.Conv1d(in_dim, dim, 1, **dd)
 
@@ -143,6 +149,11 @@ class TCNBlock(nn.Module):
         if self.drop_path is None:
             return self.conv2(y, self.shortcut(x))
         return torch.relu(self.drop_path(self.conv2(y)) + self.shortcut(x))
+
+    def reparameterize(self) -> None:
+        """Fold points and norms for inference, in place."""
+        self.conv1, self.conv2 = self.conv1.fuse(), self.conv2.fuse()
+        self.requires_grad_(False).eval()
 
 
 class ResNetBlock(nn.Module):
@@ -160,8 +171,8 @@ class ResNetBlock(nn.Module):
         self, in_dim: int, dim: int, conv: dict[str, Any], drop_rate: float, drop_path: float, **dd: Any
     ) -> None:
         super().__init__()
-        self.conv1 = _image_pair(in_dim, dim, small_bias=False, relu=True, drop_rate=drop_rate, **conv, **dd)
-        self.conv2 = _image_pair(dim, dim, small_bias=False, **conv, **dd)
+        self.conv1: Any = _image_pair(in_dim, dim, small_bias=False, relu=True, drop_rate=drop_rate, **conv, **dd)
+        self.conv2: Any = _image_pair(dim, dim, small_bias=False, **conv, **dd)
         self.drop_path: nn.Module | None = DropPath(drop_path) if drop_path > 0 else None
         self.shortcut: nn.Module = nn.Identity()
         if in_dim != dim:
@@ -176,6 +187,11 @@ class ResNetBlock(nn.Module):
         if self.drop_path is None:
             return self.conv2(y, self.shortcut(x))
         return torch.relu(self.drop_path(self.conv2(y)) + self.shortcut(x))
+
+    def reparameterize(self) -> None:
+        """Fold points and norms for inference, in place."""
+        self.conv1, self.conv2 = self.conv1.fuse(), self.conv2.fuse()
+        self.requires_grad_(False).eval()
 
 
 def _image_pair(
@@ -212,7 +228,7 @@ def _image_pair(
     )
 
 
-class _BlockNet(nn.Module):
+class _BlockNet(MergingNet):
     """What both networks share: a stem (or none), blocks at one resolution, a head, and timm's contract."""
 
     if TYPE_CHECKING:
@@ -483,7 +499,7 @@ class SMPConvResNet(_BlockNet):
             self.feature_info.append({"num_chs": dim, "reduction": 1, "module": f"blocks.{i}"})
         self.blocks = nn.Sequential(*blocks)
         self.num_features = width
-        self.head = ClassifierHead(width, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head = ImageHead(width, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         if num_classes > 0:
             nn.init.kaiming_normal_(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)
