@@ -256,10 +256,16 @@ def _write_torchscript(
 def _write_aot_inductor(
     model: nn.Module, example: Tensor, smallest: int, description: str, path: Path
 ) -> tuple[str, ...]:
+    from torch._inductor.exc import CppCompileError, InductorError
+
     program, dynamic = _trace(model, example, smallest)
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": {METADATA: description}}
-    )
+    metadata = {"aot_inductor.metadata": {METADATA: description}}
+    try:
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=metadata)
+    except (CppCompileError, InductorError) as error:
+        raise ExportError(
+            f"aot-inductor could not compile the network: {' '.join(str(error).split())[:300]}"
+        ) from error
     return dynamic
 
 
@@ -317,8 +323,15 @@ def _refuse_early(out: Path, format: str, device: str, overwrite: bool) -> None:
         raise IsADirectoryError(f"{out} is a folder")
     if format == "onnx":
         require(["onnx", "onnxscript", "onnxruntime"])
-    if format == "aot-inductor" and not any(map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++"))):
-        raise ExportError("aot-inductor compiles C++ and found no compiler: install g++, or set CXX")
+    if format == "aot-inductor" and not any(map(shutil.which, _compilers())):
+        raise ExportError(f"aot-inductor needs a C++ compiler, and {' and '.join(_compilers())} is not there: set CXX")
+
+
+def _compilers() -> list[str]:
+    """The C++ compilers that AOTInductor asks, from CXX or its default."""
+    from torch._inductor import config
+
+    return [name for name in config.cpp.cxx if name]
 
 
 def _random(shape: Sequence[int], seed: int) -> Tensor:

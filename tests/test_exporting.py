@@ -363,10 +363,27 @@ def test_missing_packages_are_said_first(package: str, tmp_path: Path, monkeypat
 
 
 def test_a_missing_compiler_is_said_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(ExportError, match="install g\\+\\+, or set CXX"):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ExportError, match=r"needs a C\+\+ compiler, and .* is not there: set CXX"):
         export_network("nobody asks for this name", tmp_path / "a.pt2", "aot-inductor")
+
+
+def test_a_compiler_that_fails_is_one_sentence(tmp_path: Path) -> None:
+    """Found, but no compiler at all."""
+    out = str(tmp_path / "a.pt2")
+    command = [sys.executable, "-m", "smpconv_zoo", "export", "test_smpconv_tcn", "--untrained"]
+    done = subprocess.run(
+        [*command, "--format", "aot-inductor", "--out", out],
+        env={**os.environ, "CXX": shutil.which("false") or "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("smpconv-zoo: aot-inductor could not compile the network") and "Traceback" not in last
+    assert not [name for name in os.listdir(tmp_path) if name != "cache"]
 
 
 # --------------------------------------------------------------------------------------------------- files of others
