@@ -7,13 +7,15 @@ values are parameters, so the points move while the layer learns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import timm.layers
 import torch
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel
 from smpconv_zoo.merged import (
@@ -61,14 +63,55 @@ __all__ = [
 # Kernels of fewer taps are convolved whole on a GPU: to ask for the positions of their points would take longer.
 _MEASURED_TAPS_CUDA = 4096
 
+PointKernelT = TypeVar("PointKernelT", bound="_PointKernel")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rendered:
+    """A kernel, and the tensors it was rendered from as they were then."""
+
+    kernel: Tensor
+    sources: tuple[Tensor, ...]
+    stamp: tuple[object, ...]
+    values: tuple[Tensor, ...]
+
+    @classmethod
+    def now(cls, render: Callable[[], Tensor], sources: tuple[Tensor, ...]) -> _Rendered:
+        # A tensor made in inference mode could never take part in a gradient again.
+        with torch.inference_mode(False), torch.no_grad():
+            # Read before rendering: what another thread changes meanwhile shows as a change.
+            stamp = _stamp(sources)
+            values = tuple(source.clone() for source in sources if source.device.type == "cpu")
+            kernel = render()
+        return cls(kernel, sources, (stamp, kernel._version), values)
+
+    def is_of(self, sources: tuple[Tensor, ...]) -> bool:
+        """Whether nothing has changed since: other tensors, counted writes and, on the CPU, the numbers themselves."""
+        return (
+            all(then is now for then, now in zip(self.sources, sources, strict=True))
+            and self.stamp == (_stamp(sources), self.kernel._version)
+            and all(torch.equal(then, now) for then, now in zip(self.values, sources, strict=False))
+        )
+
+
+def _stamp(tensors: tuple[Tensor, ...]) -> tuple[object, ...]:
+    """What tells writes to tensors, or other memory in their place; on a GPU also the stream that orders the work."""
+    stamps: list[object] = [(t._version, t.data_ptr(), t.dtype, t.device, t.shape, t.stride()) for t in tensors]
+    stamps += [torch.cuda.current_stream(t.device).cuda_stream for t in tensors if t.is_cuda]
+    return tuple(stamps)
+
 
 class _PointKernel(nn.Module):
     """Points and the grid on which their kernel is read off; the common half of the layers below.
 
-    Parameters: ``coords`` ``(points, d)`` or ``(out, points, d)`` and ``radius`` ``(points,)`` or ``(out, points)``, in
-    units of the kernel, whose half-width is 1; ``weight`` ``(out, in, points)``. ``grid`` ``(d, *taps)`` is a
-    persistent buffer: weights that were averaged while training hold a grid that has drifted by up to 1e-4, and only
-    with that grid do they give the published answers.
+    In eval mode the kernel is rendered once and kept until one of the four tensors changes. Writes are told by their
+    versions, other tensors or memory in their place by identity and address; on the CPU the numbers themselves are
+    compared, too, so that no write escapes, be it through ``.data``, NumPy or a fused optimizer, which no version
+    counts. A GPU would have to be waited for: there, such a write is noticed only after ``train()``, ``eval()``, a
+    move, a load or a forward pass with gradients, which drop the kernel, and nothing is kept while points hold
+    gradients. Where gradients flow to the points, or where somebody records (compilers, tracers, transforms, dispatch
+    modes, CUDA graphs), nothing is kept and nothing kept is used. The kept kernel is no part of state dicts, copies and
+    pickles.
     """
 
     def __init__(
@@ -108,6 +151,7 @@ class _PointKernel(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_per_group, n_points, device=device, dtype=dtype))
         self.grid: Tensor
         self.register_buffer("grid", tap_grid(self.kernel_size, device=device, dtype=dtype))
+        self._rendered: _Rendered | None = None
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
@@ -125,6 +169,44 @@ class _PointKernel(nn.Module):
     def kernel(self) -> Tensor:
         """The rendered kernel, ``(out, in per group, *kernel_size)``."""
         return render_kernel(self.coords, self.radius, self.weight, self.grid, self.normalization)
+
+    def _kept(self, render: Callable[[], Tensor]) -> Tensor | None:
+        """What ``render`` gives, kept from an earlier call if nothing has changed; None where it must not be kept."""
+        sources = (self.coords, self.radius, self.weight, self.grid)
+        if self.training or recorded(sources) or torch._C._len_torch_dispatch_stack() > 0:
+            return None
+        if torch.is_grad_enabled() and any(t.requires_grad or unpack_dual(t).tangent is not None for t in sources):
+            # A step of an optimizer may follow.
+            self._rendered = None
+            return None
+        # Tensors made in inference mode do not count writes.
+        if any(t.is_inference() for t in sources):
+            return None
+        # A step of PyTorch's fused optimizers is not counted either, and on a GPU numbers are not compared.
+        if self.weight.is_cuda and any(t.is_leaf and t.grad is not None for t in sources):
+            return None
+        if self.weight.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        # Read once and replaced whole: other threads may do the same.
+        rendered = self._rendered
+        if rendered is None or not rendered.is_of(sources):
+            self._rendered = rendered = _Rendered.now(render, sources)
+        return rendered.kernel
+
+    def train(self: PointKernelT, mode: bool = True) -> PointKernelT:
+        self._rendered = None
+        return super().train(mode)
+
+    def _apply(self: PointKernelT, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PointKernelT:
+        self._rendered = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._rendered = None
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rendered": None}
 
     @torch.no_grad()
     def _widest_kernel(self, grid: Tensor) -> Tensor:
@@ -230,10 +312,15 @@ class SMPConv2d(_PointKernel):
     @torch.jit.ignore
     def kernel_for(self, x: Tensor) -> Tensor:
         """The rendered kernel without the taps that only ever see padding beside a map as small as that of ``x``."""
-        return reachable_same(self.kernel(), x.shape[2:])
+        return reachable_same(self._current_kernel(), x.shape[2:])
+
+    @torch.jit.unused
+    def _current_kernel(self) -> Tensor:
+        kept = self._kept(self.kernel)
+        return self.kernel() if kept is None else kept
 
     def forward(self, x: Tensor) -> Tensor:
-        kernel = self.kernel()
+        kernel = self.kernel() if torch.jit.is_scripting() else self._current_kernel()
         if not self.depthwise:
             return conv2d(x, kernel, self.bias)
         y = depthwise_conv2d(x, kernel)
@@ -321,6 +408,13 @@ class SMPConv1d(_PointKernel):
     def kernel_for(self, x: Tensor) -> Tensor:
         """The newest taps of the rendered kernel: as many as points reach and ``x`` (N, in, L) can feel."""
         taps = min(x.size(-1), self.kernel_size[0])
+        kept = self._kept(lambda: self._newest(self.kernel_size[0]))
+        if kept is not None:
+            return kept[:, :, max(kept.size(2) - taps, 0) :]
+        return self._newest(taps)
+
+    def _newest(self, taps: int) -> Tensor:
+        """At most ``taps`` of the newest taps of the rendered kernel, as far as points reach."""
         if self.promised_reach is not None:
             taps = min(taps, self.promised_reach)
         elif taps > 1 and self._may_measure():
@@ -330,7 +424,7 @@ class SMPConv1d(_PointKernel):
 
     def _may_measure(self) -> bool:
         """Whether a look at the positions is possible, and worth it: on a GPU it takes as long as a short kernel."""
-        if recorded((self.coords, self.grid)):
+        if recorded((self.coords, self.grid)) or torch._C._len_torch_dispatch_stack() > 0:
             return False
         if self.coords.is_cuda:
             return self.kernel_size[0] >= _MEASURED_TAPS_CUDA and not torch.cuda.is_current_stream_capturing()

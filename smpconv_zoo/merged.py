@@ -226,7 +226,7 @@ def through_norm(weight: Tensor, bias: Tensor | None, norm: nn.Module) -> tuple[
 
 
 def centred_sum(kernels: list[Tensor]) -> Tensor:
-    """Kernels ``(..., Kh, Kw)`` of odd sizes laid over each other by their centres and added, as large as the largest."""
+    """Kernels ``(..., Kh, Kw)`` of odd sizes, laid over each other by their centres and added."""
     height = max(kernel.size(-2) for kernel in kernels)
     width = max(kernel.size(-1) for kernel in kernels)
     total = kernels[0].new_zeros(())

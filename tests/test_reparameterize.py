@@ -1,4 +1,4 @@
-"""Merging for inference: the answers stay, the parts go, and all that PyTorch and timm do with a network still works."""
+"""Merging for inference: the answers stay, the parts go, and what PyTorch and timm do with networks still works."""
 
 from __future__ import annotations
 
