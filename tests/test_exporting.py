@@ -125,6 +125,22 @@ def test_round_trip_through_aot_inductor(tmp_path: Path) -> None:
         open_exported(out, "cuda:9")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_files_on_a_gpu(name: str, tmp_path: Path) -> None:
+    model, description = network(name)
+    shapes = [(b, *size) for size in NETWORKS[name][1] for b in (1, 4)]
+    for format in ("torch-export", "torchscript", "aot-inductor"):
+        out = tmp_path / f"{format}{SUFFIXES[format]}"
+        export_model(model, description, out, format, device="cuda" if format == "aot-inductor" else "cpu")
+        run, _ = open_exported(out, "cuda")
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            assert_same_answers(model, run, shapes)
+    with pytest.raises(ExportedFileError, match="compiled for cuda and does not run on cpu"):
+        open_exported(tmp_path / "aot-inductor.pt2")
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_files_run_where_the_package_is_not(format: str, tmp_path: Path) -> None:
     """In a process that cannot import it, by the runtime alone."""
