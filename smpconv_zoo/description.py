@@ -225,14 +225,22 @@ def _order_of_pixels(card: CheckpointCard) -> tuple[tuple[int, ...] | None, tupl
 
 
 def _provenance(name: str) -> tuple[CheckpointCard | None, str, str | None]:
-    """Of weights in a repository or folder that have just been loaded: card or None, sha256, name of the repository."""
+    """Of weights in a repository or folder that have just been loaded: card or None, sha256, name of the repository.
+
+    The card is the one beside them, or else the package's of the very same file.
+    """
     source, _, place = name.partition(":")
+    beside: Path | None
     if source == "local-dir":
-        card = Path(place, hub.CARD_NAME)
-        return load_card(card) if card.is_file() else None, sha256_of_file(Path(place, hub.WEIGHTS_NAME)), None
-    repo, _, revision = place.partition("@")
-    commit = hub.commit_of(repo, revision or "main")
-    # Both are in the client's cache: the load has put them there.
-    path, _ = hub.fetch(repo, commit, hub.WEIGHTS_NAME, "load it again")
-    cached = hub.cached(repo, commit, hub.CARD_NAME)
-    return None if cached is None else load_card(cached), sha256_of_file(path), f"hf-hub:{repo}@{commit}"
+        repository, weights, beside = None, Path(place, hub.WEIGHTS_NAME), Path(place, hub.CARD_NAME)
+    else:
+        repo, _, revision = place.partition("@")
+        commit = hub.commit_of(repo, revision or "main")
+        repository, beside = f"hf-hub:{repo}@{commit}", hub.cached(repo, commit, hub.CARD_NAME)
+        # In the client's cache: the load has put them there.
+        weights, _ = hub.fetch(repo, commit, hub.WEIGHTS_NAME, "load it again")
+    sha256 = sha256_of_file(weights)
+    if beside is not None and beside.is_file():
+        return load_card(beside), sha256, repository
+    cards = (card_in_use(checkpoint) for checkpoint in list_checkpoints())
+    return next((card for card in cards if card.files and card.files[0].sha256 == sha256), None), sha256, repository

@@ -123,7 +123,7 @@ def export_model(
     """
     out = Path(out)
     _refuse_early(out, format, device, overwrite)
-    target = usable_device(device)
+    target = torch.device(device)
     eager = copy.deepcopy(model).float().eval()
     size = description.preprocessing.input_size
     smallest = _smallest(eager)
@@ -314,8 +314,9 @@ def _refuse_early(out: Path, format: str, device: str, overwrite: bool) -> None:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     if out.suffix != FORMATS[format]:
         raise ValueError(f"a file of format {format} has to end in {FORMATS[format]}, got {out}")
-    if torch.device(device).type != "cpu" and format != "aot-inductor":
+    if device != "cpu" and format != "aot-inductor":
         raise ValueError(f"a file of format {format} runs on any device: there is none to choose, got {device!r}")
+    usable_device(device)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent} is no folder: make it first")
     if os.path.lexists(out) and not overwrite:

@@ -15,8 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from golden_files import ROOT
+from hub_clients import Clients
+from hub_server import HubServer
 from tolerances import RELATIVE_ERROR, relative_error
 from torch import Tensor, nn
 
@@ -25,9 +28,10 @@ from smpconv_zoo import exporting
 from smpconv_zoo.description import Description, describe, load_described
 from smpconv_zoo.exported import EXTRA_FILE, ExportedFileError, format_of, open_exported
 from smpconv_zoo.exporting import ExportError, export_model, export_network, plain_network
-from smpconv_zoo.files import whole_file
+from smpconv_zoo.files import sha256_of_file, whole_file
 from smpconv_zoo.merged import ChannelAffine
-from smpconv_zoo.pretrained.cards import CardError
+from smpconv_zoo.pretrained.cards import CardError, weights_dir
+from smpconv_zoo.pretrained.store import read_safetensors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated"),
@@ -339,6 +343,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
             ValueError,
             "runs on any device",
         ),
+        ("test_smpconv", "a.pt2", "aot-inductor", {"device": "cuda:77"}, ValueError, "'cuda:77' cannot be used"),
         ("test_smpconv", "a.pt", "torchscript", {}, CardError, r"network without weights.*it has none.*--untrained"),
         ("smpconv_t", "a.pt", "torchscript", {}, CardError, r"name a checkpoint \(smpconv_t.in1k\)"),
         ("smpconv_q", "a.pt", "torchscript", {}, ValueError, "did you mean smpconv_t"),
@@ -384,22 +389,21 @@ def test_a_missing_compiler_is_said_first(tmp_path: Path, monkeypatch: pytest.Mo
         export_network("nobody asks for this name", tmp_path / "a.pt2", "aot-inductor")
 
 
-def test_a_compiler_that_fails_is_one_sentence(tmp_path: Path) -> None:
-    """Found, but no compiler at all."""
+def test_a_compiler_that_fails_is_one_sentence(
+    call: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import exc
+
+    def fail(*args: object, **options: object) -> None:
+        raise exc.CppCompileError(["g++", "a.cpp"], "a.cpp:1: no such header\nTraceback")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    monkeypatch.setattr(shutil, "which", lambda name: name)
     out = str(tmp_path / "a.pt2")
-    command = [sys.executable, "-m", "smpconv_zoo", "export", "test_smpconv_tcn", "--untrained"]
-    done = subprocess.run(
-        [*command, "--format", "aot-inductor", "--out", out],
-        env={**os.environ, "CXX": shutil.which("false") or "false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 1 and done.stdout == ""
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("smpconv-zoo: aot-inductor could not compile the network") and "Traceback" not in last
-    assert not [name for name in os.listdir(tmp_path) if name != "cache"]
+    code, text, err = call("export", "test_smpconv_tcn", "--untrained", "--format", "aot-inductor", "--out", out)
+    assert (code, text) == (1, "") and err.count("\n") == 1 and "no such header" in err
+    assert err.startswith("smpconv-zoo: aot-inductor could not compile the network: ")
+    assert os.listdir(tmp_path) == []
 
 
 # --------------------------------------------------------------------------------------------------- files of others
@@ -492,8 +496,6 @@ def test_the_command(call: Callable[..., tuple[int, str, str]], tmp_path: Path) 
 
 def test_a_folder_with_a_card_is_exported_with_it(tmp_path: Path) -> None:
     """As it is laid out for the Hub."""
-    from smpconv_zoo.pretrained.cards import weights_dir
-
     folder = tmp_path / "digits"
     folder.mkdir()
     shutil.copy(weights_dir() / f"{DIGITS}.safetensors", folder / "model.safetensors")
@@ -505,11 +507,48 @@ def test_a_folder_with_a_card_is_exported_with_it(tmp_path: Path) -> None:
     }
     config = {"architecture": "smpconv_tcn_mnist", "num_classes": 10, "pretrained_cfg": own}
     (folder / "config.json").write_text(json.dumps(config))
-    _, without = load_described(f"local-dir:{folder}")
-    assert without.checkpoint is None and without.preprocessing.pixels is None
-    assert without.classes is not None and without.classes[3] == "digit 3"
-    shutil.copy(weights_dir() / f"{DIGITS}.json", folder / "card.json")
+    _, known = load_described(f"local-dir:{folder}")
+    assert known.checkpoint == DIGITS, "the very file of a checkpoint"
+    assert known.classes is not None and known.classes[3] == "digit 3"
+    card = json.loads((weights_dir() / f"{DIGITS}.json").read_text()) | {"id": "smpconv_tcn_mnist.mine"}
+    (folder / "card.json").write_text(json.dumps(card))
     _, described = load_described(f"local-dir:{folder}")
-    assert (described.checkpoint, described.preprocessing.pixels) == (DIGITS, (28, 28))
-    assert described.weights_sha256 == without.weights_sha256 == smpconv_zoo.checkpoint_card(DIGITS).files[0].sha256
+    assert (described.checkpoint, described.preprocessing.pixels) == ("smpconv_tcn_mnist.mine", (28, 28))
+    assert described.weights_sha256 == known.weights_sha256 == smpconv_zoo.checkpoint_card(DIGITS).files[0].sha256
+    (folder / "card.json").unlink()
+    tensors, _ = read_safetensors(folder / "model.safetensors")
+    tensors["head.fc.bias"] = tensors["head.fc.bias"] + 1
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    _, unknown = load_described(f"local-dir:{folder}")
+    assert unknown.checkpoint is None and unknown.preprocessing.pixels is None
+    assert unknown.weights_sha256 == sha256_of_file(folder / "model.safetensors") != known.weights_sha256
     assert str(tmp_path) not in described.to_json()
+
+
+PUBLISH = """
+from huggingface_hub import HfApi
+from timm.models._hub import save_config_for_hf
+folder, api = Path("folder"), HfApi()
+folder.mkdir()
+save_config_for_hf(timm.create_model("smpconv_tcn_mnist"), folder / "config.json")
+source = Path(os.environ["TEST_WEIGHTS"])
+(folder / "model.safetensors").write_bytes(source.read_bytes())
+(folder / "card.json").write_bytes(source.with_suffix(".json").read_bytes())
+api.create_repo("zoo/digits")
+answer(revision=api.upload_folder(repo_id="zoo/digits", folder_path=folder).oid)
+"""
+
+
+def test_a_repository_on_the_hub(tmp_path: Path) -> None:
+    with HubServer() as server, Clients() as clients:
+        environment = server.environment(tmp_path / "hf") | {"HOME": str(tmp_path), "SMPCONV_HOME": str(tmp_path)}
+        weights = str(weights_dir() / f"{DIGITS}.safetensors")
+        revision = clients.run(environment | {"TEST_WEIGHTS": weights}, PUBLISH, tmp_path, ROOT)["revision"]
+        code = (
+            "from smpconv_zoo.exporting import export_network\nfrom dataclasses import asdict\n"
+            "done = export_network('hf-hub:zoo/digits', 'a.pt', 'torchscript')\nanswer(**asdict(done.description))"
+        )
+        answer = clients.run(environment, code, tmp_path, ROOT)
+    assert answer["checkpoint"] == DIGITS and answer["preprocessing"]["pixels"] == [28, 28]
+    assert answer["weights_sha256"] == smpconv_zoo.checkpoint_card(DIGITS).files[0].sha256
+    assert len(revision) == 40 and (tmp_path / "a.pt").is_file()

@@ -99,6 +99,7 @@ def test_exported_files_say_what_the_checkpoint_says(
     assert 1 >= first.probability >= second.probability >= third.probability > 0
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.*deprecated")
 def test_images_are_prepared_as_by_timm(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, description = load_described("test_smpconv", untrained=True)
@@ -110,8 +111,8 @@ def test_images_are_prepared_as_by_timm(tmp_path: Path) -> None:
     for name in ("a.png", "grey.jpg"):
         expected = transform(Image.open(tmp_path / name).convert("RGB"))
         assert torch.equal(reader.read(tmp_path / name)[0], expected)
-    out = tmp_path / "net.onnx"
-    export_model(model, description, out, "onnx")
+    out = tmp_path / "net.pt"
+    export_model(model, description, out, "torchscript")
     found = predict_files(str(out), [tmp_path / "grey.jpg", tmp_path / "a.png"], top_k=99)
     assert [row.rank for row in found.predictions] == [*range(1, 11)] * 2
     with torch.inference_mode():
