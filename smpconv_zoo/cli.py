@@ -33,7 +33,10 @@ from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_che
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
 from smpconv_zoo.evaluation.test_sets import eval_command, open_test_set
+from smpconv_zoo.exported import FORMATS
+from smpconv_zoo.exporting import Exported, export_network
 from smpconv_zoo.importing import Imported, import_checkpoint
+from smpconv_zoo.predicting import Prediction, check_output, predict_files, write_predictions
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
 from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.signing import generate_keys, sign_checkpoint, signature_required
@@ -52,6 +55,8 @@ EXPECTED_ERRORS = (ValueError, CheckpointError, OSError, ImportError, FloatingPo
 CHECKPOINTS = ("checkpoint", "parameters", "status", "data", "paper top-1", "measured top-1")
 _VERDICTS = {True: "ok", False: "FAILED", None: "skipped"}
 NETWORKS = ("network", "parameters", "family", "input", "classes")
+
+PREDICTIONS = ("file", "index", "rank", "label", "class", "probability")
 
 SEQUENCE_TIMES = (
     "network",
@@ -361,6 +366,114 @@ def train(
     typer.echo(f"wrote {out}")
 
 
+@app.command(
+    epilog="Example: `smpconv-zoo export smpconv_tcn_mnist.smnist5k --format onnx --out digits.onnx`, "
+    "or `smpconv-zoo export smpconv_t --untrained --format torch-export --out smpconv_t.pt2`"
+)
+def export(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID", help="A checkpoint, `hf-hub:ORG/NAME` or `local-dir:PATH`; with --untrained a network."
+        ),
+    ],
+    format: Annotated[str, typer.Option(help=f"One of {', '.join(FORMATS)}.")],
+    out: Annotated[Path, typer.Option(help=f"File to write, ending in {', '.join(dict.fromkeys(FORMATS.values()))}.")],
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Take random weights: to try a runtime out, or to time it.")
+    ] = False,
+    model_args: Annotated[str, typer.Option(metavar="JSON", help="Network arguments unlike the entrypoint's.")] = "{}",
+    device: Annotated[str, typer.Option(help="What aot-inductor compiles for; other files run anywhere.")] = "cpu",
+    force: Annotated[bool, typer.Option("--force", help="Overwrite the output if it exists.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a network as a file that runs without this package, checked against the network itself.
+
+    Batch size and size of the input stay free. Classes, preprocessing and origin of the weights are inside.
+    """
+    arguments = _json_object(model_args, "--model-args")
+    if format not in FORMATS:
+        raise typer.BadParameter(f"--format must be one of {', '.join(FORMATS)}, got {format}")
+    with _progress(f"{name} to {format}") as progress:
+        done = export_network(
+            name,
+            out,
+            format,
+            untrained=untrained,
+            arguments=arguments,
+            device=device,
+            overwrite=force,
+            progress=progress,
+        )
+    if as_json:
+        _print_json(_plain(done))
+        return
+    for line in _export_lines(done):
+        typer.echo(line)
+
+
+@app.command(
+    epilog="Example: `smpconv-zoo predict smpconv_tcn_mnist.smnist5k digits/ --out digits.csv`, "
+    "or `smpconv-zoo predict digits.onnx digits/7.png`"
+)
+def predict(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="ID|FILE", help="A checkpoint, `hf-hub:ORG/NAME`, `local-dir:PATH`, or an exported file."
+        ),
+    ],
+    inputs: Annotated[
+        list[Path], typer.Argument(help="Pictures, .npy or .csv sequences, or folders of them, as the network takes.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="File to write, .csv or .json.")] = None,
+    batch_size: BatchSize = 32,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to give for a sample, most probable first.")] = 1,
+    any_length: Annotated[
+        bool, typer.Option("--any-length", help="Take sequences of other lengths than the network was made for.")
+    ] = False,
+    workers: Workers = 4,
+    device: Device = "cpu",
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Say what class files are of; status 1 if any of them cannot be read, the others go on.
+
+    Sequences are (C, L) or (N, C, L), for one channel also (L,) or (N, L); a row of a .csv is a channel, or, for one
+    channel, a sequence. Values are in the unit of the data, before mean and deviation; pixels count from 0 to 1.
+    """
+    if out is not None:
+        check_output(out)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _progress("files") as progress:
+        found = predict_files(
+            name,
+            inputs,
+            batch_size=batch_size,
+            top_k=top_k,
+            device=device,
+            workers=workers,
+            any_length=any_length,
+            leave_out=out,
+            progress=progress,
+        )
+    if out is not None:
+        write_predictions(out, found)
+    if as_json:
+        _print_json(_plain(found))
+    elif out is None:
+        _print_table(PREDICTIONS, [_prediction_row(row) for row in found.predictions], numbers=(1, 2, 3, 5))
+    else:
+        files = len({row.file for row in found.predictions})
+        samples = len({(row.file, row.index) for row in found.predictions})
+        typer.echo(f"wrote {out}: {samples:,} samples of {files:,} files")
+    for failed_file in found.unreadable:
+        typer.echo(f"smpconv-zoo: {failed_file.file}: {failed_file.reason}", err=True)
+    if found.unreadable:
+        raise typer.Exit(1)
+
+
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
 app.add_typer(bench, name="bench")
 
@@ -525,6 +638,22 @@ def _import_lines(done: Imported) -> Iterator[str]:
     yield f"Whether these weights are as good as published: {eval_command(card)}"
     if "PATH" in eval_command(card):
         yield f"PATH: your folder of {card.data.name}; without it the command says what it needs and where to get it."
+
+
+def _export_lines(done: Exported) -> Iterator[str]:
+    origin = done.description
+    weights = "random weights" if origin.weights_sha256 is None else f"weights of sha256 {origin.weights_sha256}"
+    yield f"network {origin.checkpoint or origin.network}, {weights}"
+    yield f"free    {', '.join(done.dynamic)}"
+    for check in done.checks:
+        yield f"checked {' x '.join(map(str, check.shape))}: differs by {check.error:.1e} of the largest logit"
+    yield f"wrote   {done.path} ({done.bytes:,} bytes)"
+    yield f"sha256  {done.sha256}"
+
+
+def _prediction_row(row: Prediction) -> tuple[str, ...]:
+    name = "-" if row.name is None else row.name
+    return row.file, str(row.index), str(row.rank), str(row.label), name, f"{row.probability:.4f}"
 
 
 def _publish_lines(done: Published) -> Iterator[str]:

@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import os
 import secrets
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["sha256_of_file", "write_new", "write_whole"]
+__all__ = ["sha256_of_file", "whole_file", "write_new", "write_whole"]
 
 
 def sha256_of_file(path: Path) -> str:
@@ -47,6 +49,31 @@ def write_whole(path: Path, data: bytes) -> None:
             # The reader asked for `path` and should not hear of the file beside it.
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A place for a file that is written by others: what lies there when the block ends takes the name ``path``.
+
+    The place is in a folder of its own beside ``path``, under the same file name. If the block ends with an error, an
+    interrupt included, the folder is removed and ``path`` is as it was.
+
+    Raises:
+        OSError: The folder does not exist or cannot be written, or ``path`` is a folder.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    with folder:
+        aside = Path(folder.name, path.name)
+        yield aside
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        try:
+            os.replace(aside, path)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_new(path: Path, data: bytes, mode: int = 0o666) -> None:

@@ -60,7 +60,19 @@ def test_the_package_imports_neither_the_command_line_nor_the_extras() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("list",), ("info",), ("convert",), ("import",), ("publish",), ("eval",), ("demo",)]
+    "command",
+    [
+        (),
+        ("list",),
+        ("info",),
+        ("convert",),
+        ("import",),
+        ("publish",),
+        ("eval",),
+        ("demo",),
+        ("export",),
+        ("predict",),
+    ],
 )
 def test_every_help_shows_an_example(call: Call, command: tuple[str, ...]) -> None:
     code, out, err = call(*command, "--help")

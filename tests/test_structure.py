@@ -31,6 +31,9 @@ ORDER = (
     ("checkpoints",),
     ("catalogue",),
     ("data",),
+    ("description",),
+    ("exported",),
+    ("exporting", "predicting"),
     ("evaluation",),
     ("training",),
     ("benchmarks",),
@@ -54,7 +57,7 @@ ORDER_WITHIN = {
         ("__init__",),
     ),
     "models": (("build",), ("image", "sequence"), ("__init__",)),
-    "data": (("mfcc", "protocol", "ts_files"), ("mnist5k", "speech_commands"), ("pictures",), ("__init__",)),
+    "data": (("mfcc", "protocol", "ts_files"), ("mnist5k", "speech_commands"), ("classes", "pictures"), ("__init__",)),
     "evaluation": (
         ("complexity", "figures", "golden", "tables", "test_sets"),
         ("classification", "model_card"),
@@ -155,7 +158,7 @@ def test_triton_is_imported_only_where_a_gpu_needs_it() -> None:
     assert not [name for name, imported in tops.items() if imported & with_triton]
 
 
-OPTIONAL = ("mlxtend", "matplotlib", "sklearn", "typer", "rich", "onnx", "onnxruntime", "pandas", "scipy")
+OPTIONAL = ("mlxtend", "matplotlib", "sklearn", "typer", "rich", "onnx", "onnxruntime", "onnxscript", "pandas", "scipy")
 
 
 def test_importing_needs_little_and_changes_nothing() -> None:

@@ -547,7 +547,10 @@ def _image_cfg(**kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         **checkpoint_cfgs("smpconv_tcn_mnist", _sequence_cfg(1, 784, mean=(0.1307,), std=(0.3081,)), "smnist5k"),
-        **checkpoint_cfgs("smpconv_tcn_cifar", _sequence_cfg(3, 1024)),
+        # ImageNet's statistics, as for the images below.
+        **checkpoint_cfgs(
+            "smpconv_tcn_cifar", _sequence_cfg(3, 1024, mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD)
+        ),
         **checkpoint_cfgs("smpconv_tcn_chartraj", _sequence_cfg(3, 182, num_classes=20)),
         **checkpoint_cfgs("smpconv_tcn_speech_mfcc", _sequence_cfg(20, 161)),
         **checkpoint_cfgs("smpconv_tcn_speech_raw", _sequence_cfg(1, 16000)),

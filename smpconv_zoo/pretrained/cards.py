@@ -23,6 +23,7 @@ __all__ = [
     "checkpoint_card",
     "list_checkpoints",
     "load_card",
+    "parse",
     "weights_dir",
 ]
 
@@ -213,7 +214,7 @@ def load_card(path: Path) -> CheckpointCard:
             parse_float=_finite,
             parse_constant=_finite,
         )
-        card = _parse(CheckpointCard, content, path.name)
+        card = parse(CheckpointCard, content, path.name)
         # Half a surrogate pair, or nesting deeper than Python recurses, would fail where the card is written again.
         json.dumps(dataclasses.asdict(card), ensure_ascii=False).encode()
     except CardError:
@@ -269,14 +270,23 @@ def _finite(text: str) -> float:
     return number
 
 
-def _parse(kind: Any, value: Any, where: str) -> Any:
-    """Build ``kind`` (a dataclass, union, tuple, dict or plain type) from parsed JSON, refusing anything else."""
+def parse(kind: Any, value: Any, where: str) -> Any:
+    """Build ``kind`` (a dataclass, union, tuple, dict or plain type) from parsed JSON, refusing anything else.
+
+    Args:
+        kind: What to build.
+        value: The parsed JSON.
+        where: What it is the JSON of, as a refusal names it.
+
+    Raises:
+        CardError: Unknown or missing fields, or a value of another type.
+    """
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         options = typing.get_args(kind)
         if value is None and type(None) in options:
             return None
-        return _parse(next(option for option in options if option is not type(None)), value, where)
+        return parse(next(option for option in options if option is not type(None)), value, where)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         if not isinstance(value, dict):
             raise CardError(f"{where} must be an object, got {type(value).__name__}")
@@ -284,15 +294,15 @@ def _parse(kind: Any, value: Any, where: str) -> Any:
         unknown, missing = sorted(value.keys() - hints.keys()), sorted(hints.keys() - value.keys())
         if unknown or missing:
             raise CardError(f"{where}: unknown fields {unknown}, missing fields {missing}")
-        return kind(**{name: _parse(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})
+        return kind(**{name: parse(hint, value[name], f"{where}: {name}") for name, hint in hints.items()})
     if origin is tuple:
         if not isinstance(value, list):
             raise CardError(f"{where} must be a list, got {type(value).__name__}")
-        return tuple(_parse(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(parse(typing.get_args(kind)[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
             raise CardError(f"{where} must be an object, got {type(value).__name__}")
-        return {key: _parse(typing.get_args(kind)[1], item, f"{where}: {key}") for key, item in value.items()}
+        return {key: parse(typing.get_args(kind)[1], item, f"{where}: {key}") for key, item in value.items()}
     if kind is Any:
         return value
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
