@@ -114,7 +114,7 @@ def test_cpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("inference", 3),
         ("inference, merged", 1),
         ("inference, merged", 3),
-        ("training", 2),
+        ("training", 8),
     ]
     for result in entry["results"]:
         assert result["ratio"] == pytest.approx(result["ours_ms"] / result["peer_ms"])
