@@ -345,7 +345,7 @@ class SMPConvNet(MergingNet):
         last = len(self.stages) - 1
         intermediates = []
         given = check_input(x, "NCHW", self.in_chans)
-        x = self.stem(_arranged(given))
+        x = self.stem(given if self.training else _arranged(given))
         stages = self.stages[: max_index + 1] if stop_early else self.stages
         for i, stage in enumerate(stages):
             x = stage(x)
@@ -373,7 +373,7 @@ class SMPConvNet(MergingNet):
     def forward_features(self, x: Tensor) -> Tensor:
         """``(N, in_chans, H, W)`` -> normalised features ``(N, num_features, H / 32, W / 32)``."""
         x = check_input(x, "NCHW", self.in_chans)
-        return _laid_out_as(x, self.norm(self.stages(self.stem(_arranged(x)))))
+        return _laid_out_as(x, self.norm(self.stages(self.stem(x if self.training else _arranged(x)))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pool and classify; with ``pre_logits`` only pool."""
