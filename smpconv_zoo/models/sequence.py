@@ -536,6 +536,10 @@ default_cfgs = generate_default_cfgs(
         **checkpoint_cfgs("smpconv_tcn_speech_mfcc", _sequence_cfg(20, 161)),
         **checkpoint_cfgs("smpconv_tcn_speech_raw", _sequence_cfg(1, 16000)),
         **checkpoint_cfgs("smpconv_resnet_cifar", _image_cfg()),
+        **checkpoint_cfgs(
+            "smpconv_resnet_mnist",
+            _image_cfg(input_size=(1, 28, 28), pool_size=(28, 28), mean=(0.1307,), std=(0.3081,)),
+        ),
         "smpconv_tcn": _sequence_cfg(1, 256),
         "smpconv_resnet": _image_cfg(),
         "test_smpconv_tcn": _sequence_cfg(1, 32),
@@ -601,6 +605,13 @@ def smpconv_resnet_cifar(pretrained: bool = False, **kwargs: Any) -> SMPConvResN
     """SMPConvResNet for 32 x 32 images (CIFAR10): 490 k parameters."""
     model_args = {"kernel_size": 33, "init_radius": 0.12, "block_drop_rate": 0.1}
     return build_smpconv(SMPConvResNet, "smpconv_resnet_cifar", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def smpconv_resnet_mnist(pretrained: bool = False, **kwargs: Any) -> SMPConvResNet:
+    """SMPConvResNet for digits, 28 x 28 and grey: a small one of ours, not of the paper."""
+    model_args = {"in_chans": 1, "kernel_size": 29, "dims": (16, 16, 24, 24), "n_points": 16, "init_radius": 0.14}
+    return build_smpconv(SMPConvResNet, "smpconv_resnet_mnist", pretrained, **{**model_args, **kwargs})
 
 
 @register_model
