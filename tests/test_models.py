@@ -35,6 +35,7 @@ PARAMETERS = {
     "smpconv_tcn_speech_mfcc": 391_840,
     "smpconv_tcn_speech_raw": 370_960,
     "smpconv_resnet_cifar": 489_646,
+    "smpconv_resnet_mnist": 88_626,
 }
 # Entrypoint -> input channels, input size, classes, kernel sizes.
 FACTS: dict[str, tuple[int, tuple[int, ...], int, tuple[int, ...]]] = {
@@ -48,6 +49,7 @@ FACTS: dict[str, tuple[int, tuple[int, ...], int, tuple[int, ...]]] = {
     "smpconv_tcn_speech_raw": (1, (16000,), 10, (16000,)),
     "smpconv_resnet": (3, (32, 32), 10, (33,)),
     "smpconv_resnet_cifar": (3, (32, 32), 10, (33,)),
+    "smpconv_resnet_mnist": (1, (28, 28), 10, (29,)),
     "test_smpconv": (3, (64, 64), 10, (13, 11, 9, 7)),
     "test_smpconv_tcn": (1, (32,), 10, (32,)),
 }

@@ -24,6 +24,7 @@ ORDER = (
     ("kernels",),
     ("ops",),
     ("layers",),
+    ("resolution",),
     ("pretrained",),
     ("models",),
     ("streaming",),
@@ -52,7 +53,7 @@ ORDER_WITHIN = {
         ("locate",),
         ("__init__",),
     ),
-    "models": (("build",), ("image", "sequence"), ("__init__",)),
+    "models": (("sizes",), ("build",), ("image", "sequence"), ("__init__",)),
     "data": (("mfcc", "protocol", "ts_files"), ("mnist5k", "speech_commands"), ("pictures",), ("__init__",)),
     "evaluation": (
         ("complexity", "figures", "golden", "tables", "test_sets"),

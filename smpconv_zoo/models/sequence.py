@@ -32,6 +32,7 @@ from smpconv_zoo.models.build import (
     check_input,
     checkpoint_cfgs,
 )
+from smpconv_zoo.models.sizes import set_image_size, set_sampling
 
 __all__ = ["SMPConvResNet", "SMPConvTCN"]
 
@@ -367,6 +368,8 @@ class SMPConvTCN(_BlockNet):
             small_kernel_size=small_kernel_size,
         )
         self.output_fmt = "NCL"
+        # Of the sequences that the kernels are read off for, over that of the training.
+        self.sample_rate = 1.0
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -397,6 +400,19 @@ class SMPConvTCN(_BlockNet):
         self.blocks = nn.Sequential(*blocks)
         self.num_features = self.head_hidden_size = width
         self.head = SequenceHead(width, num_classes, global_pool, drop_rate, **dd)
+
+    @torch.jit.ignore
+    def set_input_size(self, length: int) -> None:
+        """Read off the kernels for sequences of ``length`` samples where there are as many as the network's input now.
+
+        The current sample stays at +1; see :mod:`smpconv_zoo.resolution`.
+        """
+        set_sampling(self, length=length)
+
+    @torch.jit.ignore
+    def set_sample_rate(self, sample_rate: float) -> None:
+        """Read off the kernels for signals at ``sample_rate`` times the rate of the training, in place."""
+        set_sampling(self, sample_rate=sample_rate)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         check_head(num_classes, self.head.pool_type if global_pool is None else global_pool, SEQUENCE_POOLS)
@@ -488,6 +504,11 @@ class SMPConvResNet(_BlockNet):
             nn.init.kaiming_normal_(self.head.fc.weight)
             nn.init.zeros_(self.head.fc.bias)
         self.head_hidden_size = self.head.num_features
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Read off the kernels for images of another size than now, in place; see :mod:`smpconv_zoo.resolution`."""
+        set_image_size(self, img_size)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         # timm's contract allows a classifier on a head whose pooling was taken away before, but none asked for at once.

@@ -72,7 +72,7 @@ class Recipe:
         if self.input not in INPUTS:
             raise ValueError(f"input must be one of {INPUTS}, got {self.input!r}")
         if (self.input == "permuted sequence") != (self.permutation_seed is not None):
-            raise ValueError("a permuted sequence needs a permutation_seed, a sequence or an image has none")
+            raise ValueError("a permuted sequence needs a permutation_seed, an image or a sequence has none")
         if self.epochs < 1 or self.batch_size < 2 or not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"need epochs >= 1, batch_size >= 2 and 0 <= warmup_epochs < epochs; got {self.epochs}, "
