@@ -2,9 +2,11 @@
 
 A kernel made of points is a function of place. A network that was trained at one spacing of taps computes sums that
 stand for integrals of that function against the signal; on a grid ``ratio`` times as dense there are ``ratio`` terms
-per axis for each old one, so that the values of the points are divided by ``ratio`` per axis and the sums stand for the
-same integrals. Dividing by the number of points that touch a tap changes nothing in this: that number belongs to a
-place, whatever the grid. docs/resolution.md derives it and shows what was measured.
+per axis for each old one, so that the values of the points have to shrink by about ``ratio`` per axis for the sums to
+stay what they were. About: points are hardly wider than the spacing, and a sum over the few taps that one touches is a
+rough stand-in for its integral. Each point therefore keeps its own sum over the taps, exactly; a point too narrow for
+the new grid is widened to one spacing, so that none falls between the taps. docs/resolution.md derives it and shows
+what was measured.
 
 The ordinary kernels beside the continuous ones have no points. They are taken for what they are between their taps if
 one draws straight lines, and resampled so that each tap keeps its share of the sum.
@@ -20,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from smpconv_zoo.layers import ActivatedPair, LargeSmallConv, SMPConv1d, SMPConv2d
-from smpconv_zoo.points import resampled_grid
+from smpconv_zoo.points import resampled_grid, tents
 
-__all__ = ["image_size", "resample_", "resample_kernel", "resample_state_dict", "resampled_taps"]
+__all__ = ["image_size", "resample_", "resample_kernel", "resample_points", "resample_state_dict", "resampled_taps"]
 
 # Averaging over a training run has moved stored grids by up to 1e-4: that is the same spacing, and no resampling.
 _SAME_SPACING = 1e-3
@@ -97,6 +99,42 @@ def _cut(share: Tensor, taps: int, causal: bool) -> Tensor:
     return nn.functional.pad(share, (0, 0, first, more - first))
 
 
+def resample_points(
+    coords: Tensor, radius: Tensor, weight: Tensor, grid: Tensor, new_grid: Tensor, normalization: str
+) -> tuple[Tensor, Tensor]:
+    """Radii and values of points for another grid, such that each point keeps its sum over the taps.
+
+    Args:
+        coords: Positions, ``(points, d)`` or ``(out, points, d)``; they stay as they are.
+        radius: Radii, ``(points,)`` or ``(out, points)``.
+        weight: Values, ``(out, in, points)``.
+        grid: Tap coordinates, ``(d, *taps)``.
+        new_grid: The same of the other grid.
+        normalization: ``"sum"`` or ``"count"``; see :mod:`smpconv_zoo.kernels`.
+
+    Returns:
+        Radii, widened to the new spacing where they are below it, and values. A point that touches no tap of ``grid``
+        was never heard, and gets the value zero.
+    """
+    before = _sums(coords, radius, grid, normalization)
+    heard = before > 0
+    widened = torch.where(heard, radius.clamp(min=max(_spacings(new_grid))), radius)
+    after = _sums(coords, widened, new_grid, normalization)
+    factor = torch.where(heard & (after > 0), before / after, 0).to(weight.dtype)
+    return widened, weight * (factor if factor.dim() == 1 else factor.unsqueeze(1))
+
+
+def _sums(coords: Tensor, radius: Tensor, grid: Tensor, normalization: str) -> Tensor:
+    """Sum of each point's share in the kernel over all taps, shaped like ``radius``."""
+    if coords.dim() == 3:
+        # One output channel at a time: of a long kernel, the tents of all would take gigabytes.
+        return torch.stack([_sums(c, r, grid, normalization) for c, r in zip(coords, radius, strict=True)])
+    tent = tents(coords.float(), radius.float(), grid.float()).flatten(1)
+    if normalization == "count":
+        tent = tent / ((tent > 0).sum(dim=0, keepdim=True) + 1e-6)
+    return tent.sum(dim=1, dtype=torch.float64)
+
+
 def _pairs(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, ActivatedPair | LargeSmallConv) and isinstance(module.large.conv, SMPConv1d | SMPConv2d):
@@ -106,8 +144,8 @@ def _pairs(model: nn.Module) -> Iterator[tuple[str, Any]]:
 def resample_(model: nn.Module, ratio: Sequence[float], kernel_sizes: Mapping[str, int] | None = None) -> None:
     """Read off every SMPConv layer of ``model`` at another grid, in place; the small kernels beside them follow.
 
-    Positions and radii stay; values, grids and small kernels change. Small kernels are new parameters: make an
-    optimizer afterwards. With ratio 1 nothing is touched.
+    Positions stay; values, grids, small kernels and radii below one spacing change. Small kernels are new parameters:
+    make an optimizer afterwards. With ratio 1 nothing is touched.
 
     Args:
         model: A network, or any module with SMPConv layers.
@@ -134,10 +172,16 @@ def resample_(model: nn.Module, ratio: Sequence[float], kernel_sizes: Mapping[st
             taps = (kernel_sizes[name],) * len(ratio)
         if all(dense == 1 for dense in ratio) and taps == layer.kernel_size:
             continue
-        layer.grid = resampled_grid(layer.grid, taps, ratio)
-        layer.kernel_size = taps
+        grid = resampled_grid(layer.grid, taps, ratio)
         with torch.no_grad():
-            layer.weight.mul_(1 / math.prod(ratio))
+            if any(dense != 1 for dense in ratio) and not grid.is_meta:
+                radius, weight = resample_points(
+                    layer.coords, layer.radius, layer.weight, layer.grid, grid, layer.normalization
+                )
+                layer.radius.copy_(radius)
+                layer.weight.copy_(weight)
+        layer.grid = grid
+        layer.kernel_size = taps
         if name in small:
             _resample_small_(small[name], ratio)
 
@@ -172,10 +216,16 @@ def resample_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict
         same = all(abs(dense - 1) < _SAME_SPACING for dense in ratio)
         if same and stored.shape == layer.grid.shape:
             continue
-        out[f"{prefix}grid"] = resampled_grid(stored, layer.kernel_size, [1.0] * len(ratio) if same else ratio)
+        grid = resampled_grid(stored, layer.kernel_size, [1.0] * len(ratio) if same else ratio)
+        out[f"{prefix}grid"] = grid
         if same:
             continue
-        out[f"{prefix}weight"] = weight / math.prod(ratio)
+        coords, radius = state_dict.get(f"{prefix}coords"), state_dict.get(f"{prefix}radius")
+        if coords is None or radius is None or coords.shape != layer.coords.shape or radius.shape != layer.radius.shape:
+            continue
+        out[f"{prefix}radius"], out[f"{prefix}weight"] = resample_points(
+            coords, radius, weight, stored, grid, layer.normalization
+        )
         if name in small:
             key = f"{small[name]}.small.conv.weight" if small[name] else "small.conv.weight"
             beside: Any = model.get_submodule(key.removesuffix(".weight"))
