@@ -5,7 +5,7 @@ is, the input resized to what the network was trained on, and the kernels read o
 lines, and with --report a page with table and plot.
 
     python eval/resolution.py --log eval/results/resolution.jsonl --report runs/resolution
-    python eval/resolution.py --split train+validation --every 20 --lesser --log eval/results/resolution_train.jsonl
+    python eval/resolution.py --split train+validation --every 8 --lesser --log eval/results/resolution_train.jsonl
 """
 
 from __future__ import annotations

@@ -58,6 +58,7 @@ ORDER_WITHIN = {
     "evaluation": (
         ("complexity", "figures", "golden", "tables", "test_sets"),
         ("classification", "model_card"),
+        ("resolution",),
         ("report",),
         ("__init__",),
     ),

@@ -79,6 +79,7 @@ def evaluate_resolution(
     batch_size: int = 100,
     device: str = "cpu",
     on_result: Callable[[ResolutionResult], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[ResolutionResult]:
     """Measure a checkpoint of the MNIST-5k digits at several sizes of its input.
 
@@ -91,6 +92,7 @@ def evaluate_resolution(
         batch_size: Samples at a time.
         device: Where to compute.
         on_result: Called with each result.
+        progress: Called after each result with the results done and in all.
 
     Returns:
         One result for each size and way; at the size of the training all ways are the same, and there is but
@@ -110,8 +112,10 @@ def evaluate_resolution(
     x, y = x[::every], y[::every]
     trained = sample_shape(model)[-1]
     native = predict(model, x, batch_size, target)
-    results = []
-    for size in SIZES[card.data.input] if sizes is None else sizes:
+    results: list[ResolutionResult] = []
+    sizes = SIZES[card.data.input] if sizes is None else sizes
+    total = sum(len(ways) if size != trained else 1 for size in sizes)
+    for size in sizes:
         seen = resample_input(x, size)
         for way in ways if size != trained else ("fixed",):
             start = time.perf_counter()
@@ -136,6 +140,8 @@ def evaluate_resolution(
             results.append(result)
             if on_result is not None:
                 on_result(result)
+            if progress is not None:
+                progress(len(results), total)
     return results
 
 
