@@ -90,6 +90,8 @@ class _PointKernel(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_per_group, n_points, device=device, dtype=dtype))
         self.grid: Tensor
         self.register_buffer("grid", tap_grid(self.kernel_size, device=device, dtype=dtype))
+        # Taps for one of those that the layer was built with, along each axis, once read off at another grid.
+        self.density = (1.0,) * dims
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:

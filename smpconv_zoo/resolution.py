@@ -182,6 +182,7 @@ def resample_(model: nn.Module, ratio: Sequence[float], kernel_sizes: Mapping[st
                 layer.weight.copy_(weight)
         layer.grid = grid
         layer.kernel_size = taps
+        layer.density = tuple(had * dense for had, dense in zip(layer.density, ratio, strict=True))
         if name in small:
             _resample_small_(small[name], ratio)
 
@@ -199,7 +200,8 @@ def resample_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict
     """Weights of the same points at another grid, made to fit the grids of ``model``; others are left as they are.
 
     How much denser the grids of ``model`` are is read off both: points keep their unit whatever the grid. Where the
-    spacing agrees, the stored grid and all that belongs to it stay as they are, bit for bit.
+    spacing agrees, the stored grid and all that belongs to it stay as they are, bit for bit; where the stored spacing
+    is that with which the layer was built, the ratio is exact and the drift of a stored grid goes over into the new.
     """
     out = dict(state_dict)
     small = {f"{name}.large.conv" if name else "large.conv": name for name, _ in _pairs(model)}
@@ -213,6 +215,8 @@ def resample_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict
         ratio = [old / new for old, new in zip(_spacings(stored), _spacings(layer.grid), strict=True)]
         if not all(math.isfinite(dense) and dense > 0 for dense in ratio):
             continue
+        if all(abs(dense / built - 1) < _SAME_SPACING for dense, built in zip(ratio, layer.density, strict=True)):
+            ratio = list(layer.density)
         same = all(abs(dense - 1) < _SAME_SPACING for dense in ratio)
         if same and stored.shape == layer.grid.shape:
             continue
