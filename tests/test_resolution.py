@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from golden_files import ROOT
 from safetensors.torch import save_file
 from tolerances import assert_equal_to_reference, relative_error
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 from smpconv_zoo import CausalStream, SMPConv1d, SMPConv2d
 from smpconv_zoo.evaluation.report import resolution_rows, write_report
 from smpconv_zoo.evaluation.resolution import LESSER, WAYS, ResolutionResult, evaluate_resolution, resample_input
+from smpconv_zoo.evaluation.tables import markdown_table
 from smpconv_zoo.models import SMPConvTCN
 from smpconv_zoo.points import resampled_grid, tap_grid
 from smpconv_zoo.pretrained.store import CheckpointError
@@ -363,3 +366,28 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_rows_leave_out_what_was_not_measured() -> None:
     result = ResolutionResult("a.b", "resized", 14, 28, "test", 9, 10, 90.0, 80.0, 0.1)
     assert resolution_rows([result]) == [("a.b", "14", "28", "", "90.00", "")]
+
+
+def test_the_page_shows_the_logs() -> None:
+    page = (ROOT / "docs" / "resolution.md").read_text(encoding="utf-8")
+    for mark, log, ways in (
+        ("results", "resolution.jsonl", WAYS),
+        ("choice", "resolution_train.jsonl", (*WAYS, *LESSER)),
+    ):
+        lines = (ROOT / "eval" / "results" / log).read_text(encoding="utf-8").splitlines()
+        results = [ResolutionResult(**json.loads(line)) for line in lines[1:]]
+        assert {result.split for result in results} == {"test" if mark == "results" else "train+validation"}
+        header = ("checkpoint", "size", "trained at", *ways)
+        table = markdown_table(header, resolution_rows(results, ways), right=range(1, len(header)))
+        assert f"<!-- {mark} -->\n{table}<!-- end -->" in page
+
+
+def test_a_network_that_has_answered_before_answers_at_its_new_size() -> None:
+    x = torch.randn(1, 1, 40, 40, generator=torch.Generator().manual_seed(0))
+    used: Any = timm.create_model(IMAGE, pretrained=True).eval()
+    with torch.inference_mode():
+        used(x)
+    used.set_input_size(40)
+    fresh = timm.create_model(IMAGE, pretrained=True, img_size=40).eval()
+    with torch.inference_mode():
+        assert torch.equal(used(x), fresh(x))

@@ -89,8 +89,13 @@ def table_row(result: EvaluationResult) -> tuple[str, ...]:
     )
 
 
-def resolution_rows(results: Sequence[ResolutionResult]) -> list[tuple[str, ...]]:
-    """Lines of the table under :data:`RESOLUTION_HEADER`: one for each checkpoint and size, in their order."""
+def resolution_rows(results: Sequence[ResolutionResult], ways: Sequence[str] = WAYS) -> list[tuple[str, ...]]:
+    """Lines of the table under :data:`RESOLUTION_HEADER`: one for each checkpoint and size, in their order.
+
+    Args:
+        results: What was measured.
+        ways: The columns behind the first three.
+    """
     lines: dict[tuple[str, int, int], dict[str, str]] = {}
     for result in results:
         cells = lines.setdefault((result.id, result.size, result.trained), {})
@@ -98,7 +103,7 @@ def resolution_rows(results: Sequence[ResolutionResult]) -> list[tuple[str, ...]
     rows = []
     for (name, size, trained), cells in lines.items():
         # At the size of the training all ways are one.
-        values = [cells.get(way, cells.get("fixed", "") if size == trained else "") for way in WAYS]
+        values = [cells.get(way, cells.get("fixed", "") if size == trained else "") for way in ways]
         rows.append((name, str(size), str(trained), *values))
     return rows
 
