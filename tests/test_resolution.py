@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -391,3 +393,62 @@ def test_a_network_that_has_answered_before_answers_at_its_new_size() -> None:
     fresh = timm.create_model(IMAGE, pretrained=True, img_size=40).eval()
     with torch.inference_mode():
         assert torch.equal(used(x), fresh(x))
+
+
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "eval" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_script_writes_log_and_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlxtend")
+    pytest.importorskip("matplotlib")
+    log, page = tmp_path / "log.jsonl", tmp_path / "page"
+    options = ["--split", "validation", "--every", "100", "--log", str(log), "--report", str(page)]
+    monkeypatch.setattr("sys.argv", ["resolution.py", IMAGE, *options])
+    script("resolution").main()
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    assert {line["size"] for line in lines[1:]} == {14, 20, 28, 40, 56} and len(lines) == 1 + 4 * len(WAYS) + 1
+    assert all(line["total"] == 5 and line["split"] == "validation" for line in lines[1:])
+    assert (page / "index.html").is_file() and capsys.readouterr().out.count(IMAGE) == len(lines) - 1
+
+    # Lesser forms are for choosing, and nothing is chosen by test digits.
+    monkeypatch.setattr("sys.argv", ["resolution.py", IMAGE, "--lesser", "--log", str(tmp_path / "other.jsonl")])
+    with pytest.raises(SystemExit, match="2"):
+        script("resolution").main()
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_the_demo_measures_resolutions_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from typer.testing import CliRunner
+
+    from smpconv_zoo import cli
+
+    asked: list[str] = []
+
+    def measured(name: str, **options: Any) -> list[ResolutionResult]:
+        asked.append(name)
+        return [ResolutionResult(name, "fixed", 28, 28, "test", 9, 10, 90.0, 100.0, 0.1)]
+
+    monkeypatch.setattr(cli, "_evaluate", lambda *args, **options: [])
+    monkeypatch.setattr(cli, "evaluate_resolution", measured)
+    runner = CliRunner()
+    assert runner.invoke(cli.app, ["demo", "--out", str(tmp_path / "short")]).exit_code == 0
+    assert asked == [] and not (tmp_path / "short" / "resolution.png").exists()
+    assert runner.invoke(cli.app, ["demo", "--resolution", "--out", str(tmp_path / "long")]).exit_code == 0
+    assert len(asked) == 3 and (tmp_path / "long" / "resolution.png").is_file()
+
+
+def test_the_python_of_the_page_runs() -> None:
+    page = (ROOT / "docs" / "resolution.md").read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.S):
+        exec(compile(block, "resolution.md", "exec"), namespace)
+    assert namespace["net"].pretrained_cfg["input_size"] == (1, 40, 20) and namespace["tcn"].sample_rate == 0.5
+    assert namespace["layer"].kernel_size == (25, 25)
