@@ -127,3 +127,14 @@ def smpconv_resnet_cifar(pretrained: bool = False, tag: str = "", **kwargs: typi
         **kwargs: As for ``timm.create_model``, such as ``num_classes``.
     """
     return _create("smpconv_resnet_cifar", pretrained, tag, kwargs)
+
+
+def smpconv_resnet_mnist(pretrained: bool = False, tag: str = "", **kwargs: typing.Any) -> _Module:
+    """SMPConvResNet for digits of 28 x 28 pixels. Checkpoint: mnist5k.
+
+    Args:
+        pretrained: Load the checkpoint's weights, verified.
+        tag: Which checkpoint, the default one if empty.
+        **kwargs: As for ``timm.create_model``, such as ``num_classes``.
+    """
+    return _create("smpconv_resnet_mnist", pretrained, tag, kwargs)

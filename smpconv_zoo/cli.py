@@ -32,6 +32,7 @@ from smpconv_zoo.environment import usable_device
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
+from smpconv_zoo.evaluation.resolution import ResolutionResult, evaluate_resolution
 from smpconv_zoo.evaluation.test_sets import eval_command, open_test_set
 from smpconv_zoo.exported import FORMATS
 from smpconv_zoo.exporting import Exported, export_network
@@ -329,11 +330,18 @@ def demo(
     batch_size: BatchSize = 100,
     device: Device = "cpu",
     threads: Threads = None,
+    resolution: Annotated[
+        bool, typer.Option("--resolution", help="Also measure them at other resolutions; takes minutes on a CPU.")
+    ] = False,
 ) -> None:
     """Evaluate every checkpoint that ships with the package and write a report with pictures."""
     require_matplotlib()
     results = _evaluate(match_checkpoints(["*"]), batch_size, device, threads)
-    report = write_report(results, out)
+    resolutions: list[ResolutionResult] = []
+    for name in match_checkpoints(["*"]) if resolution else ():
+        with _progress(f"{name}, other resolutions") as progress:
+            resolutions += evaluate_resolution(name, batch_size=batch_size, device=device, progress=progress)
+    report = write_report(results, out, resolutions)
     _print_results(results)
     typer.echo(f"report: {report}")
     _exit_on_difference(results)

@@ -150,6 +150,8 @@ class _PointKernel(nn.Module):
         self.init_radius = init_radius
         self.coord_std = coord_std
         self.radius_bounds = radius_bounds
+        # Taps for one of those that the layer was built with, along each axis, once read off at another grid.
+        self.density = (1.0,) * len(self.kernel_size)
         dims = len(self.kernel_size)
         sets = () if shared_points else (out_channels,)
         self.coords = nn.Parameter(torch.empty(*sets, n_points, dims, device=device, dtype=dtype))

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["tap_grid", "tap_spacing", "tents"]
+__all__ = ["resampled_grid", "tap_grid", "tap_spacing", "tents"]
 
 
 def tap_grid(
@@ -53,6 +53,36 @@ def tap_grid(
 def tap_spacing(kernel_size: Sequence[int]) -> float:
     """Distance between neighbouring taps along the axis with the fewest taps, in the unit of the coordinates."""
     return 2.0 / (min(kernel_size) - 1)
+
+
+def resampled_grid(grid: Tensor, kernel_size: Sequence[int], ratio: Sequence[float]) -> Tensor:
+    """Coordinates of taps that lie more, or less, densely than those of ``grid``, at exactly that spacing.
+
+    One axis keeps its last tap, the current sample, in place; two axes keep their centre. Coordinates between the taps
+    of ``grid`` are interpolated, so that a grid that has drifted stays so; beyond its ends they go on at the spacing
+    found there. Whatever the number of taps, neighbours are ``1 / ratio`` old spacings apart: the new grid ends where
+    its taps do, not at -1 and +1. With all ratios 1 the taps of ``grid`` come back bit for bit.
+
+    Args:
+        grid: ``(d, *taps)``; see :func:`tap_grid`.
+        kernel_size: Taps wanted along each axis.
+        ratio: New taps for one old one, along each axis, in the order of ``kernel_size``.
+
+    Returns:
+        ``(d, *kernel_size)``, in the dtype of ``grid``.
+    """
+    causal = grid.dim() == 2
+    fine = grid.double()
+    for axis, (taps, dense) in enumerate(zip(kernel_size, ratio, strict=True), start=1):
+        old = fine.size(axis)
+        index = torch.arange(taps, device=grid.device, dtype=torch.float64)
+        # Where the new taps lie, counted in old ones.
+        place = (old - 1) + (index - (taps - 1)) / dense if causal else (old - 1) / 2 + (index - (taps - 1) / 2) / dense
+        below = place.floor().clamp(0, old - 2).long()
+        share = (place - below).view([-1] + [1] * (fine.dim() - 1 - axis))
+        first = fine.index_select(axis, below)
+        fine = first + share * (fine.index_select(axis, below + 1) - first)
+    return fine.to(grid.dtype)
 
 
 def tents(coords: Tensor, radius: Tensor, grid: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ PARAMETERS = {
     "smpconv_tcn_speech_mfcc": 391_840,
     "smpconv_tcn_speech_raw": 370_960,
     "smpconv_resnet_cifar": 489_646,
+    "smpconv_resnet_mnist": 88_626,
 }
 # Entrypoint -> input channels, input size, classes, kernel sizes.
 FACTS: dict[str, tuple[int, tuple[int, ...], int, tuple[int, ...]]] = {
@@ -48,6 +49,7 @@ FACTS: dict[str, tuple[int, tuple[int, ...], int, tuple[int, ...]]] = {
     "smpconv_tcn_speech_raw": (1, (16000,), 10, (16000,)),
     "smpconv_resnet": (3, (32, 32), 10, (33,)),
     "smpconv_resnet_cifar": (3, (32, 32), 10, (33,)),
+    "smpconv_resnet_mnist": (1, (28, 28), 10, (29,)),
     "test_smpconv": (3, (64, 64), 10, (13, 11, 9, 7)),
     "test_smpconv_tcn": (1, (32,), 10, (32,)),
 }
@@ -259,11 +261,13 @@ def test_default_cfg(name: str) -> None:
     first = (cfg["first_conv"],) if isinstance(cfg["first_conv"], str) else cfg["first_conv"]
     assert all(f"{module}.weight" in state for module in (*first, cfg["classifier"]))
     if name in IMAGES:
-        assert cfg["mean"] == (0.485, 0.456, 0.406) and cfg["std"] == (0.229, 0.224, 0.225)
+        grey = ((0.1307,), (0.3081,))
+        imagenet = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        assert (cfg["mean"], cfg["std"]) == (grey if channels == 1 else imagenet)
         assert cfg["interpolation"] == "bicubic" and cfg["crop_pct"] == (0.875 if name in STAGED else 1.0)
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", [name for name in IMAGES if FACTS[name][0] == 3])
 def test_timm_prepares_images_for_it(name: str) -> None:
     config = timm.data.resolve_model_data_config(on_meta(name))
     assert config["input_size"] == (3, *FACTS[name][1])

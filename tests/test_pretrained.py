@@ -30,7 +30,7 @@ from smpconv_zoo.pretrained.cards import CardError, checkpoint_card, list_checkp
 from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint, read_safetensors, sha256_of
 
-EMBEDDED = ["smpconv_tcn_mnist.pmnist5k", "smpconv_tcn_mnist.smnist5k"]
+EMBEDDED = ["smpconv_tcn_mnist.pmnist5k", "smpconv_tcn_mnist.smnist5k", "smpconv_resnet_mnist.mnist5k"]
 IMPORTABLE = [name for name in list_checkpoints() if name not in EMBEDDED]
 TINY = {"kernel_sizes": [13, 11, 9, 7], "depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32], "num_classes": 10}
 
@@ -325,7 +325,7 @@ def test_networks_without_checkpoints_say_so() -> None:
 
 
 def test_the_cards_are_those_of_the_weights_folder() -> None:
-    assert [name for name in list_checkpoints() if checkpoint_card(name).status == "embedded"] == EMBEDDED
+    assert [name for name in list_checkpoints() if checkpoint_card(name).status == "embedded"] == sorted(EMBEDDED)
     declared = {file.name for name in list_checkpoints() for file in checkpoint_card(name).files}
     assert declared == {path.name for path in weights_dir().glob("*.safetensors")}
     with pytest.raises(CardError, match=r"no checkpoint is called 'smpconv_t\.in1'; did you mean smpconv_t\.in1k"):

@@ -20,7 +20,11 @@ TINY = {"network": "test_smpconv_tcn", "epochs": 2, "warmup_epochs": 1, "lr": 3e
 
 
 def test_every_embedded_checkpoint_has_its_recipe_inside():
-    assert list_recipes() == ["smpconv_tcn_mnist.pmnist5k", "smpconv_tcn_mnist.smnist5k"]
+    assert list_recipes() == [
+        "smpconv_resnet_mnist.mnist5k",
+        "smpconv_tcn_mnist.pmnist5k",
+        "smpconv_tcn_mnist.smnist5k",
+    ]
     from smpconv_zoo.pretrained.cards import weights_dir
 
     for name in list_recipes():

@@ -18,7 +18,7 @@ from torch import nn
 
 from smpconv_zoo.layers import SMPConv1d, SMPConv2d
 
-__all__ = ["confusion_figure", "kernel_figure", "require_matplotlib"]
+__all__ = ["confusion_figure", "kernel_figure", "require_matplotlib", "resolution_figure"]
 
 STYLE = {
     "font.size": 10,
@@ -97,6 +97,36 @@ def confusion_figure(confusion: Sequence[Sequence[int]], title: str) -> bytes:
         axes.tick_params(length=0)
         integers = require_matplotlib("ticker").MaxNLocator(integer=True)
         figure.colorbar(image, ax=axes, label="mistakes (samples)", shrink=0.85, ticks=integers)
+        return _png(figure)
+
+
+def resolution_figure(curves: Sequence[tuple[str, int, dict[str, list[tuple[int, float]]]]]) -> bytes:
+    """Accuracy against the size of the input, a picture each checkpoint side by side.
+
+    Args:
+        curves: Of each checkpoint its id, the size that it was trained at, and of each way of meeting another size the
+            points (size, top-1 in percent).
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ImportError: matplotlib is not installed; the message says how to get it.
+    """
+    with require_matplotlib().rc_context(STYLE):
+        figure = _new_figure((4.6 * len(curves), 4.2), "Trained at one size, tested at others")
+        for axes, (title, trained, ways) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
+            for (way, points), marker in zip(ways.items(), "osDv^", strict=False):
+                sizes, values = zip(*sorted(points), strict=True)
+                axes.plot(sizes, values, marker=marker, markersize=6, linewidth=1.6, label=way, clip_on=False)
+            axes.axvline(trained, color="#999999", linewidth=0.8, linestyle="--", zorder=0)
+            ticks = sorted({size for points in ways.values() for size, _ in points})
+            axes.set_xscale("log")
+            axes.set_xticks(ticks, [str(size) for size in ticks])
+            axes.set_xticks([], minor=True)
+            axes.set(ylim=(0, 100), ylabel="top-1 (%)", xlabel="size of the input; dashed: as trained")
+            axes.set_title(title, fontsize=10)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(ways), frameon=False)
         return _png(figure)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from smpconv_zoo.data import pictures
-from smpconv_zoo.data.mnist5k import mnist5k_sequences
+from smpconv_zoo.data.mnist5k import mnist5k_images, mnist5k_sequences
 from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
 from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest
 from smpconv_zoo.data.ts_files import read_ts
@@ -206,6 +206,10 @@ def _mnist5k(card: CheckpointCard) -> Dataset[Any]:
     return TensorDataset(*mnist5k_sequences("test"))
 
 
+def _mnist5k_images(card: CheckpointCard) -> Dataset[Any]:
+    return TensorDataset(*mnist5k_images("test"))
+
+
 def _mnist5k_permuted(card: CheckpointCard) -> Dataset[Any]:
     """In the order that travels with the weights: without it they mean nothing."""
     metadata = load_weights(card).metadata
@@ -276,6 +280,7 @@ def _speech_raw(card: CheckpointCard, place: Path) -> EvaluationData:
 _BUILT_IN: dict[tuple[str, str], Callable[[CheckpointCard], Dataset[Any]]] = {
     ("mnist5k", "sequence"): _mnist5k,
     ("mnist5k", "permuted sequence"): _mnist5k_permuted,
+    ("mnist5k", "image 28 x 28"): _mnist5k_images,
 }
 _FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path], EvaluationData]] = {
     ("ImageNet-1k", "image 224 x 224"): _imagenet,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import timm
@@ -17,12 +17,14 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
+from smpconv_zoo.models.sizes import input_at, maker, per_stage, size_arguments
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints, weights_dir
 from smpconv_zoo.pretrained.home import imported_card, imported_file
 from smpconv_zoo.pretrained.hub import WEIGHTS_NAME
 from smpconv_zoo.pretrained.locate import load_folder, load_repository, load_weights
 from smpconv_zoo.pretrained.remap import remap_reference_state_dict
 from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint
+from smpconv_zoo.resolution import resample_state_dict
 
 __all__ = [
     "IMAGE_POOLS",
@@ -97,8 +99,14 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
     they bear the authors' names, and compared with the network key by key; timm then adapts classifier and input
     channels as for any of its networks.
 
+    ``img_size`` (an integer, or height and width), or for sequences ``length`` or ``sample_rate`` (new samples for one
+    old one), reads the kernels off at another grid than that of the network's own input size, with or without weights;
+    see :mod:`smpconv_zoo.resolution`. With weights, ``kernel_size`` or ``kernel_sizes`` other than theirs do so too:
+    the same kernels, -1 to +1, by so many taps.
+
     Raises:
         CheckpointError: ``pretrained`` and no weights at hand, or weights that do not fit.
+        ValueError: A size or rate that is none, or two that say the same.
         RuntimeError: A tag that the network does not have; the message lists those it has.
     """
     overlay = dict(kwargs.pop("pretrained_cfg_overlay", None) or {})
@@ -109,15 +117,23 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
             there = ", ".join(tags) or "none"
             raise RuntimeError(f"{variant} has no checkpoint tag {pretrained_cfg!r}; its tags are: {there}")
     source = None
-    if pretrained:
+    asked = {name: size for name in size_arguments(model_cls) if (size := kwargs.pop(name, None)) is not None}
+    make: Callable[..., ModelT] = maker(model_cls)
+    if pretrained or asked:
         cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
-        if not cfg.state_dict:
-            # timm would read a cfg's own repository or folder itself, before it looks at the weights given to it.
-            source = cfg.source
-            weights = _load_weights(variant, cfg, overlay, kwargs.get("cache_dir"))
-            overlay |= {"state_dict": weights, "source": None, **_classes_of_file(weights, cfg, overlay, kwargs)}
+    ratio = None
+    if asked:
+        ratio, input_entries = input_at(cfg.to_dict(), **asked)
+        make = maker(model_cls, ratio)
+        overlay |= input_entries
+    if pretrained and not cfg.state_dict:
+        # timm would read a cfg's own repository or folder itself, before it looks at the weights given to it.
+        source = cfg.source
+        weights = _load_weights(variant, cfg, overlay, kwargs.get("cache_dir"))
+        overlay |= {"state_dict": weights, "source": None, **_classes_of_file(weights, cfg, overlay, kwargs)}
+        make = maker(model_cls, ratio, remap_reference_state_dict(weights))
     model: ModelT = build_model_with_cfg(
-        model_cls,
+        make,
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
@@ -190,12 +206,13 @@ def match_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     """Weights under the names and in the shapes of ``model``.
 
     The classifier may be missing or of another size where the model has other classes than the weights, and the input
-    layers are adapted where it has other input channels; everything else has to fit exactly.
+    layers are adapted where it has other input channels. Kernels of the same points at another spacing of taps are
+    read off at the model's, see :func:`smpconv_zoo.resolution.resample_state_dict`. Everything else has to fit exactly.
 
     Raises:
         CheckpointError: Missing, unexpected or mis-shaped keys, by name.
     """
-    state_dict = remap_reference_state_dict(state_dict)
+    state_dict = resample_state_dict(remap_reference_state_dict(state_dict), model)
     cfg = getattr(model, "pretrained_cfg", {})
     classifier = cfg.get("classifier") or "head.fc"
     first_conv = cfg.get("first_conv") or ()
@@ -235,14 +252,6 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
     if not names:
         return "none"
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
-def per_stage(name: str, values: int | Sequence[int], stages: int) -> tuple[int, ...]:
-    """One value for each stage, from one for all or a list of the right length."""
-    values = (values,) * stages if isinstance(values, int) else tuple(values)
-    if len(values) != stages:
-        raise ValueError(f"{name} has {len(values)} entries for {stages} stages: {values}")
-    return values
 
 
 def check_arguments(

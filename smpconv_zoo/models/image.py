@@ -36,6 +36,7 @@ from smpconv_zoo.models.build import (
     checkpoint_cfgs,
     per_stage,
 )
+from smpconv_zoo.models.sizes import set_image_size
 from smpconv_zoo.operators import recorded
 from smpconv_zoo.ops import prefers_channels_last, unheard
 
@@ -305,6 +306,14 @@ class SMPConvNet(MergingNet):
         """Trade time for memory in training: recompute each block in the backward pass."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Read off the kernels for images of another size than now, in place; see :mod:`smpconv_zoo.resolution`.
+
+        The strided convolutions of the stem and between the stages stay as they are.
+        """
+        set_image_size(self, img_size)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

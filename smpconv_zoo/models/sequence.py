@@ -34,6 +34,7 @@ from smpconv_zoo.models.build import (
     check_input,
     checkpoint_cfgs,
 )
+from smpconv_zoo.models.sizes import set_image_size, set_sampling
 
 __all__ = ["SMPConvResNet", "SMPConvTCN"]
 
@@ -383,6 +384,8 @@ class SMPConvTCN(_BlockNet):
             small_kernel_size=small_kernel_size,
         )
         self.output_fmt = "NCL"
+        # Of the sequences that the kernels are read off for, over that of the training.
+        self.sample_rate = 1.0
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.drop_rate = drop_rate
@@ -413,6 +416,19 @@ class SMPConvTCN(_BlockNet):
         self.blocks = nn.Sequential(*blocks)
         self.num_features = self.head_hidden_size = width
         self.head = SequenceHead(width, num_classes, global_pool, drop_rate, **dd)
+
+    @torch.jit.ignore
+    def set_input_size(self, length: int) -> None:
+        """Read off the kernels for sequences of ``length`` samples where there are as many as the network's input now.
+
+        The current sample stays at +1; see :mod:`smpconv_zoo.resolution`.
+        """
+        set_sampling(self, length=length)
+
+    @torch.jit.ignore
+    def set_sample_rate(self, sample_rate: float) -> None:
+        """Read off the kernels for signals at ``sample_rate`` times the rate of the training, in place."""
+        set_sampling(self, sample_rate=sample_rate)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         check_head(num_classes, self.head.pool_type if global_pool is None else global_pool, SEQUENCE_POOLS)
@@ -505,6 +521,11 @@ class SMPConvResNet(_BlockNet):
             nn.init.zeros_(self.head.fc.bias)
         self.head_hidden_size = self.head.num_features
 
+    @torch.jit.ignore
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Read off the kernels for images of another size than now, in place; see :mod:`smpconv_zoo.resolution`."""
+        set_image_size(self, img_size)
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         # timm's contract allows a classifier on a head whose pooling was taken away before, but none asked for at once.
         check_head(num_classes, "avg" if global_pool is None else global_pool, IMAGE_POOLS)
@@ -555,6 +576,10 @@ default_cfgs = generate_default_cfgs(
         **checkpoint_cfgs("smpconv_tcn_speech_mfcc", _sequence_cfg(20, 161)),
         **checkpoint_cfgs("smpconv_tcn_speech_raw", _sequence_cfg(1, 16000)),
         **checkpoint_cfgs("smpconv_resnet_cifar", _image_cfg()),
+        **checkpoint_cfgs(
+            "smpconv_resnet_mnist",
+            _image_cfg(input_size=(1, 28, 28), pool_size=(28, 28), mean=(0.1307,), std=(0.3081,)),
+        ),
         "smpconv_tcn": _sequence_cfg(1, 256),
         "smpconv_resnet": _image_cfg(),
         "test_smpconv_tcn": _sequence_cfg(1, 32),
@@ -620,6 +645,13 @@ def smpconv_resnet_cifar(pretrained: bool = False, **kwargs: Any) -> SMPConvResN
     """SMPConvResNet for 32 x 32 images (CIFAR10): 490 k parameters."""
     model_args = {"kernel_size": 33, "init_radius": 0.12, "block_drop_rate": 0.1}
     return build_smpconv(SMPConvResNet, "smpconv_resnet_cifar", pretrained, **{**model_args, **kwargs})
+
+
+@register_model
+def smpconv_resnet_mnist(pretrained: bool = False, **kwargs: Any) -> SMPConvResNet:
+    """SMPConvResNet for digits, 28 x 28 and grey: a small one of ours, not of the paper."""
+    model_args = {"in_chans": 1, "kernel_size": 29, "dims": (16, 16, 24, 24), "n_points": 16, "init_radius": 0.14}
+    return build_smpconv(SMPConvResNet, "smpconv_resnet_mnist", pretrained, **{**model_args, **kwargs})
 
 
 @register_model

