@@ -115,6 +115,7 @@ def test_cpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("inference, merged", 1),
         ("inference, merged", 3),
         ("training", 8),
+        ("training, channels last", 8),
     ]
     for result in entry["results"]:
         assert result["ratio"] == pytest.approx(result["ours_ms"] / result["peer_ms"])

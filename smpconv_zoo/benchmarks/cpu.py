@@ -23,14 +23,16 @@ __all__ = ["PEERS", "CpuTime", "bench_cpu"]
 # timm's networks of about the same size: 26.7 and 28.6 M, 79.5 and 88.6 M parameters.
 PEERS = {"smpconv_t": "convnext_tiny", "smpconv_b": "convnext_base"}
 _TRAIN_BATCH = 8
+_LAYOUTS = {"training": torch.contiguous_format, "training, channels last": torch.channels_last}
 
 
 @dataclasses.dataclass(frozen=True)
 class CpuTime:
     """Ours and the peer in turns: medians in milliseconds, and their ratio.
 
-    ``work`` is "inference", "inference, merged" (reparameterised) or "training" (forward and backward); the peer of the
-    first two is ``peer``, that of training is the same network with ``F.conv2d`` for its large kernels.
+    ``work`` is "inference", "inference, merged" (reparameterised), "training" (forward and backward) or "training,
+    channels last". The peer of the first two is ``peer``, that of training is the same network, as it was created, with
+    ``F.conv2d`` for its large kernels.
     """
 
     network: str
@@ -61,7 +63,7 @@ def bench_cpu(
         repeats: Of which the median counts.
         progress: Called after each measurement with those done and in all.
     """
-    done, total = 0, len(networks) * (2 * len(batch_sizes) + train)
+    done, total = 0, len(networks) * 2 * (len(batch_sizes) + train)
     results = []
     for name in networks:
         torch.manual_seed(0)
@@ -69,10 +71,10 @@ def bench_cpu(
         shape = sample_shape(model)
         kind = str(dtype).removeprefix("torch.")
         merged = copy.deepcopy(model).reparameterize()
-        for work, ours in (("inference", model), ("inference, merged", merged)):
+        for work, network in (("inference", model), ("inference, merged", merged)):
             for batch_size in batch_sizes:
                 x = torch.randn(batch_size, *shape, dtype=dtype)
-                pair = _infer(ours.to(dtype), x), _infer(peer.to(dtype), x)
+                pair = _infer(network.to(dtype), x), _infer(peer.to(dtype), x)
                 results.append(_compare((name, work, batch_size, kind, PEERS[name]), *pair, repeats))
                 done += 1
                 if progress is not None:
@@ -80,11 +82,14 @@ def bench_cpu(
         if train:
             x = torch.randn(_TRAIN_BATCH, *shape)
             model = model.float().train()
-            pair = _train(model, x), _train(_directly(model), x)
-            results.append(_compare((name, "training", _TRAIN_BATCH, "float32", "F.conv2d"), *pair, min(repeats, 3)))
-            done += 1
-            if progress is not None:
-                progress(done, total)
+            slow = _train(_directly(model), x)
+            for work, layout in _LAYOUTS.items():
+                ours = _train(model.to(memory_format=layout), x.contiguous(memory_format=layout))
+                case = (name, work, _TRAIN_BATCH, "float32", "F.conv2d")
+                results.append(_compare(case, ours, slow, min(repeats, 3)))
+                done += 1
+                if progress is not None:
+                    progress(done, total)
     return results
 
 
