@@ -10,44 +10,66 @@ namespace {
 
 template <Scalar S, typename Shape>
 std::string launch(ForwardParams p, cudaStream_t stream) {
-  const auto memory = [&](const ForwardParams& q) {
-    return Shape::kZeroBytes + (int64_t{q.groups} << q.group_log2) * q.image_stride + Shape::table_bytes(q.kernel_height);
+  constexpr int kTiles = Shape::kStream ? 2 : 1;
+  const auto tile_bytes = [&] {
+    const int64_t staged = Shape::kStaged ? p.staged_stride * 2 : 0;
+    return (int64_t{p.groups} << p.group_log2) * (p.image_stride + staged) + Shape::table_bytes(p.kernel_height);
   };
+  const auto memory = [&] { return Shape::kZeroBytes + kTiles * tile_bytes(); };
   p.column_tiles = cdiv(p.width, 8 * Shape::kColumns);
-  const int64_t budget = shared_memory_per_sm() / Shape::kCtasPerSm - 1024;
-  // The most images that leave room for every CTA of a multiprocessor; of taller maps, the most rows.
+  // The driver keeps 1 KB per CTA for itself.
+  const int64_t budget = shared_memory_per_sm() / Shape::kCtasPerSm - 1024 - 128;
   p.group_log2 = std::min(4, log2_ceil(p.images));
   p.tile_rows = p.height;
+  p.groups = 1;
   for (;; next_smaller(p)) {
     set_strides(p, Shape::kBlocks);
-    p.groups = 1;
-    if (memory(p) <= budget) {
+    p.staged_stride = cdiv(p.tile_rows * p.width, 4) * 4;
+    if (memory() <= budget) {
       break;
     }
     if (!can_shrink(p, Shape::kRows)) {
       return "the kernel and its rows of the map need more shared memory than the GPU has";
     }
   }
-  const int row_blocks = cdiv(p.tile_rows, Shape::kRows * (16 >> p.group_log2));
+  const int row_blocks = rows_to_blocks<Shape>(p, p.tile_rows);
   const int64_t groups_in_all = cdiv(p.images, int64_t{1} << p.group_log2);
-  while (p.groups < groups_in_all && row_blocks * p.groups < 3 * Shape::kWarps) {
+  while (p.groups < groups_in_all && row_blocks * p.groups < Shape::kTasks) {
     ++p.groups;
-    if (memory(p) > budget) {
+    if (memory() > budget) {
       --p.groups;
       break;
     }
   }
+  // Equally many in every item.
+  p.groups = static_cast<int>(cdiv(groups_in_all, cdiv(groups_in_all, int64_t{p.groups})));
   p.row_tiles = cdiv(p.height, p.tile_rows);
-  const int64_t blocks = cdiv(groups_in_all, p.groups) * p.row_tiles * p.column_tiles * p.channels;
-  if (blocks > 0x7fffffff) {
+  const int64_t items = cdiv(groups_in_all, int64_t{p.groups}) * p.row_tiles * p.column_tiles * p.channels;
+  if (items > 0x7fffffff) {
     return "more blocks than a launch can have";
   }
-  const auto kernel = forward_kernel<S, Shape>;
-  const int bytes = static_cast<int>(memory(p));
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) {
-    kernel<<<static_cast<unsigned>(blocks), Shape::kWarps * 32, bytes, stream>>>(p);
-    error = cudaGetLastError();
+  p.staged_vector = 4;
+  while ((p.row_tiles > 1 ? p.width : p.height * p.width) % p.staged_vector != 0 ||
+         reinterpret_cast<uintptr_t>(p.y) % (2 * p.staged_vector) != 0) {
+    p.staged_vector /= 2;
+  }
+  const int bytes = static_cast<int>(memory()), threads = Shape::kWarps * 32;
+  cudaError_t error;
+  if constexpr (Shape::kStream) {
+    const auto kernel = forward_stream_kernel<S, Shape>;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess) {
+      const auto ctas = static_cast<unsigned>(std::min(items, int64_t{multiprocessors()}));
+      kernel<<<ctas, threads, bytes, stream>>>(p, static_cast<uint32_t>(items), static_cast<int>(tile_bytes()));
+      error = cudaGetLastError();
+    }
+  } else {
+    const auto kernel = forward_kernel<S, Shape>;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess) {
+      kernel<<<static_cast<unsigned>(items), threads, bytes, stream>>>(p);
+      error = cudaGetLastError();
+    }
   }
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }
@@ -57,21 +79,21 @@ std::string choose(const ForwardParams& p, cudaStream_t stream) {
   // Blocks of 8 columns that a kernel reaches beyond its own.
   const int reach = (p.kernel_width / 2 + 7) / 8;
   if (p.width <= 8) {
-    return launch<S, ForwardShape<1, 0, false, 7, 4, 4>>(p, stream);
+    return launch<S, ForwardShape<1, 0, false, 7, 4, 6, false, true>>(p, stream);
   }
   if (p.width <= 16) {
-    return launch<S, ForwardShape<2, 1, false, 7, 4, 4>>(p, stream);
+    return launch<S, ForwardShape<2, 1, false, 7, 4, 3, false, true>>(p, stream);
   }
   if (p.width <= 32 && reach <= 2) {
-    return launch<S, ForwardShape<4, 2, false, 2, 8, 3>>(p, stream);
+    return launch<S, ForwardShape<4, 2, false, 2, 16, 1, true, false>>(p, stream);
   }
   if (p.width <= 56 && reach <= 2) {
-    return launch<S, ForwardShape<7, 2, false, 2, 8, 2>>(p, stream);
+    return launch<S, ForwardShape<7, 2, false, 2, 16, 1, true, false>>(p, stream);
   }
   if (reach <= 2) {
-    return launch<S, ForwardShape<4, 2, true, 2, 8, 2>>(p, stream);
+    return launch<S, ForwardShape<4, 2, true, 2, 16, 1, true, false>>(p, stream);
   }
-  return launch<S, ForwardShape<4, 4, true, 2, 8, 2>>(p, stream);
+  return launch<S, ForwardShape<4, 4, true, 2, 16, 1, true, false>>(p, stream);
 }
 
 }  // namespace

@@ -10,198 +10,353 @@
 namespace smpconv {
 
 // Columns: 8-column blocks of output; Reach: blocks to either side that the kernel reaches; Halo: whether the map goes
-// on beyond the tile; Rows: output rows per warp.
-template <int Columns, int Reach, bool Halo, int Rows, int Warps, int CtasPerSm>
+// on beyond the tile; Rows: output rows per warp; Stream: whether a CTA goes through many items;
+// Staged: whether output is put together in shared memory, as rows that are too short to be written one by one are.
+template <int Columns, int Reach, bool Halo, int Rows, int Warps, int CtasPerSm, bool Stream, bool Staged>
 struct ForwardShape {
-  static constexpr int kColumns = Columns, kReach = Reach, kRows = Rows, kWarps = Warps, kCtasPerSm = CtasPerSm;
-  static constexpr bool kHalo = Halo;
+  static constexpr int kColumns = Columns, kReach = Reach, kRows = Rows, kWarps = Warps;
+  static constexpr int kCtasPerSm = CtasPerSm;
+  static constexpr bool kHalo = Halo, kStream = Stream, kStaged = Staged;
   static constexpr int kBlocks = Halo ? Columns + 2 * Reach : Columns;  // of input
   static constexpr int kDistances = 2 * Reach + 1;
-  static constexpr int kTapRow = 16 * Reach + 16;  // elements of a kernel row in shared memory, of which there are two copies
+  // Words of a kernel row in one of the two copies in shared memory, plus 8 where both would meet in the same banks.
+  static constexpr int kTapRow = 8 * Reach + 8 + 8 * (Reach % 2);
   static constexpr int kZeroBytes = kBlocks * 16;
+  static constexpr int kTasks = Stream ? 28 : 2 * Warps;  // per item, about
   static_assert(Halo || Reach < Columns || Columns == 1, "blocks further away than the map is wide");
 
   static __host__ __device__ int table_rows(int kernel_height) { return kernel_height + 2 * Rows; }
-  static __host__ __device__ int table_bytes(int kernel_height) { return table_rows(kernel_height) * kTapRow * 4; }
+  static __host__ __device__ int table_bytes(int kernel_height) { return table_rows(kernel_height) * kTapRow * 16; }
 };
 
-template <Scalar S, typename Shape>
-__global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kCtasPerSm) forward_kernel(const ForwardParams p) {
-  constexpr int kThreads = Shape::kWarps * 32, kRows = Shape::kRows, kColumns = Shape::kColumns, kReach = Shape::kReach;
-  constexpr int kDistances = Shape::kDistances, kTapRow = Shape::kTapRow, kShift = Shape::kHalo ? kReach : 0;
-  extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ int next_task;
-  const int thread = threadIdx.x, lane = thread & 31;
-  const int reach_h = p.kernel_height / 2, reach_w = p.kernel_width / 2;
+template <int Threads>
+__device__ __forceinline__ void clear(void* from, int bytes, int thread) {
+  for (int i = thread; i < bytes / 16; i += Threads) {
+    static_cast<uint4*>(from)[i] = make_uint4(0, 0, 0, 0);
+  }
+}
 
-  // Neighbouring CTAs take neighbouring channels of the same images.
-  const int channel = blockIdx.x % p.channels;
-  int rest = blockIdx.x / p.channels;
-  const int column_tile = rest % p.column_tiles;
-  rest /= p.column_tiles;
-  const int row_tile = rest % p.row_tiles;
-  const int images_per_cta = p.groups << p.group_log2;
-  const int64_t first_image = static_cast<int64_t>(rest / p.row_tiles) * images_per_cta;
-  const int first_row = row_tile * p.tile_rows, end_row = min(p.height, first_row + p.tile_rows);
-  const int load_first = max(0, first_row - reach_h), load_end = min(p.height, end_row + reach_h);
-  const int first_column = column_tile * kColumns * 8;
+__device__ __forceinline__ int take_task(int* next, int lane) {
+  int task = 0;
+  if (lane == 0) {
+    task = atomicAdd(next, 1);
+  }
+  return __shfl_sync(0xffffffff, task, 0);
+}
 
-  const uint32_t zeros = shared_address(memory);
-  const uint32_t images = zeros + Shape::kZeroBytes;
-  const int table_offset = Shape::kZeroBytes + images_per_cta * p.image_stride;
-  auto* table = reinterpret_cast<uint16_t*>(memory + table_offset);
-  copy_tile<Shape::kBlocks>(images, p.x, p, first_image, images_per_cta, channel, load_first, load_end - load_first,
-                            first_column - 8 * kShift, p.pitch, p.image_stride, thread, kThreads);
+template <typename Shape>
+__host__ __device__ __forceinline__ int rows_to_blocks(const ForwardParams& p, int rows) {
+  const int together = Shape::kRows * (16 >> p.group_log2);
+  return (rows + together - 1) / together;
+}
 
-  // The kernel, twice: element i of the second copy is element i + 1 of the first, so that any two neighbouring taps
-  // are one aligned word in one of the two. Rows of zeros before and after.
+// One item of work: the images and the tile of the map that lie in shared memory together.
+template <typename Shape>
+struct Item {
+  int channel;
+  int64_t first_image;
+  int first_row, end_row, first_column;
+  int load_first, load_end;
+
+  __device__ __forceinline__ Item(const ForwardParams& p, uint32_t number) {
+    // Neighbouring items take neighbouring channels of the same images.
+    uint32_t rest = number / p.channels;
+    channel = static_cast<int>(number - rest * p.channels);
+    const uint32_t tiles = rest / p.column_tiles;
+    first_column = static_cast<int>(rest - tiles * p.column_tiles) * (Shape::kColumns * 8);
+    rest = tiles / p.row_tiles;
+    first_row = static_cast<int>(tiles - rest * p.row_tiles) * p.tile_rows;
+    end_row = min(p.height, first_row + p.tile_rows);
+    first_image = static_cast<int64_t>(rest) * (p.groups << p.group_log2);
+    load_first = max(0, first_row - p.kernel_height / 2);
+    load_end = min(p.height, end_row + p.kernel_height / 2);
+  }
+
+  __device__ __forceinline__ Rectangle rectangle(const ForwardParams& p) const {
+    return {first_image, p.groups << p.group_log2, channel, load_first, load_end - load_first,
+            first_column - (Shape::kHalo ? 8 * Shape::kReach : 0)};
+  }
+};
+
+// Write the kernel of a channel into the table. A matrix instruction takes pairs of neighbouring taps of two neighbouring
+// kernel rows: (taps c and c + 1 of row r, the same of row r + 1) are eight bytes of the table, for every r, and for
+// every even c in one copy, every odd c in the other. So every tap stands in four places. The table was cleared before:
+// there are rows of zeros before and after, and columns.
+template <typename Shape>
+__device__ __forceinline__ void write_table(uint16_t* table, const ForwardParams& p, int channel, int thread, int threads) {
+  constexpr int kAhead = 8, kRow = Shape::kTapRow * 8;  // elements: two copies of words for two rows
   const int taps = p.kernel_height * p.kernel_width;
-  const uint16_t* weight = static_cast<const uint16_t*>(p.weight) + static_cast<int64_t>(channel) * taps;
-  const int table_rows = Shape::table_rows(p.kernel_height);
-  for (int i = thread; i < table_rows * kTapRow; i += kThreads) {
-    const int row = i / kTapRow - (kRows - 1), column = i % kTapRow - (8 * kReach + 8 - reach_w);
-    uint16_t value = 0;
-    if (row >= 0 && row < p.kernel_height && column >= 0 && column < p.kernel_width) {
-      const int tap = row * p.kernel_width + column;
-      value = __ldg(weight + (p.flip ? taps - 1 - tap : tap));
+  const auto* weight = static_cast<const uint16_t*>(p.weight) + static_cast<int64_t>(channel) * taps;
+  const int shift = 8 * Shape::kReach + 8 - p.kernel_width / 2;
+  for (int first = thread; first < taps; first += kAhead * threads) {
+    uint16_t values[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int tap = first + k * threads;
+      values[k] = tap < taps ? __ldg(weight + (p.flip ? taps - 1 - tap : tap)) : uint16_t{0};
     }
-    uint16_t* place = table + i / kTapRow * (2 * kTapRow) + i % kTapRow;
-    place[0] = value;
-    if (i % kTapRow > 0) {
-      place[kTapRow - 1] = value;
-    }
-    if (i % kTapRow == kTapRow - 1) {
-      place[kTapRow] = 0;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int tap = first + k * threads;
+      const int row = tap / p.kernel_width, column = tap - row * p.kernel_width + shift;
+      if (tap < taps && column > 0 && column < 2 * Shape::kTapRow) {
+        uint16_t* place = table + (row + Shape::kRows - 1) * kRow;
+        uint16_t* even = place + column / 2 * 4 + column % 2;
+        uint16_t* odd = place + kRow / 2 + (column - 1) / 2 * 4 + (column - 1) % 2;
+        even[0] = odd[0] = values[k];
+        even[2 - kRow] = odd[2 - kRow] = values[k];
+      }
     }
   }
-  for (int i = thread; i < Shape::kZeroBytes / 4; i += kThreads) {
-    reinterpret_cast<uint32_t*>(memory)[i] = 0;
-  }
-  if (thread == 0) {
-    next_task = 0;
-  }
-  wait_for_copies();
-  __syncthreads();
+}
 
+// What a warp does: kRows output rows of each row of its matrix tile, all columns of the tile. `task` counts groups of
+// images first, then rows from the middle of the map outwards, since those in the middle meet most kernel rows.
+template <Scalar S, typename Shape>
+__device__ __forceinline__ void convolve_rows(const ForwardParams& p, const Item<Shape>& item, int task, uint32_t zeros,
+                                              uint32_t images, const uint16_t* table, uint16_t* staged, int lane) {
+  constexpr int kRows = Shape::kRows, kColumns = Shape::kColumns, kReach = Shape::kReach;
+  constexpr int kDistances = Shape::kDistances, kTapRow = Shape::kTapRow, kShift = Shape::kHalo ? kReach : 0;
+  const int reach_h = p.kernel_height / 2;
   const int group = 1 << p.group_log2, shared_rows = 16 >> p.group_log2;
-  const int row_blocks = (end_row - first_row + kRows * shared_rows - 1) / (kRows * shared_rows);
-  const int tasks = row_blocks * p.groups;
   // A lane's row of the two 16 x 8 matrices: the upper half of the warp loads from the next row of the map.
   const int m = lane & 15, later = lane >> 4;
   const int m_image = m & (group - 1), m_row = (m >> p.group_log2) * kRows;
   const int quad = lane >> 2, pair = lane & 3;
-  const uint32_t* taps_of_lane =
-      reinterpret_cast<const uint32_t*>(table) + ((quad & 1) ? kTapRow / 2 : 0) + (8 + 2 * pair - quad - (quad & 1)) / 2;
 
-  while (true) {
-    int task = 0;
-    if (lane == 0) {
-      task = atomicAdd(&next_task, 1);
-    }
-    task = __shfl_sync(0xffffffff, task, 0);
-    if (task >= tasks) {
-      break;
-    }
-    // From the middle of the map outwards: the rows that meet most kernel rows first.
-    const int image_group = task % p.groups, turn = task / p.groups;
-    const int block = row_blocks / 2 + ((turn & 1) ? -(turn + 1) / 2 : turn / 2);
-    const int h0 = first_row + block * kRows * shared_rows;
+  const int row_blocks = rows_to_blocks<Shape>(p, item.end_row - item.first_row);
+  const int image_group = task % p.groups, turn = task / p.groups;
+  const int block = row_blocks / 2 + ((turn & 1) ? -(turn + 1) / 2 : turn / 2);
+  const int h0 = item.first_row + block * kRows * shared_rows;
 
-    float sums[kRows][kColumns][4];
+  float sums[kRows][kColumns][4];
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        sums[i][j][e] = 0.f;
+      }
+    }
+  }
+  // Output row i of the warp and the input rows at `offset` meet in kernel row offset - i + reach_h.
+  const int from = max(-reach_h, item.load_first - (h0 + kRows * (shared_rows - 1)));
+  const int to = min(reach_h + kRows - 1, item.load_end - 1 - h0);
+  const uint32_t lane_image = images + (image_group * group + m_image) * p.image_stride;
+  const int lane_row = h0 + m_row + later - item.load_first;
+  const int loaded = item.load_end - item.load_first;
+
+  const uint2* kernel_row = reinterpret_cast<const uint2*>(table) + ((quad & 1) ? kTapRow : 0) +
+                            (8 + 2 * pair - quad - (quad & 1)) / 2 + (from + reach_h + kRows - 1) * (2 * kTapRow);
+#pragma unroll 1
+  for (int offset = from; offset <= to; offset += 2) {
+    uint2 taps[kRows][kDistances];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
 #pragma unroll
+      for (int d = 0; d < kDistances; ++d) {
+        taps[i][d] = kernel_row[4 * d - i * (2 * kTapRow)];
+      }
+    }
+    kernel_row += 4 * kTapRow;
+    const int row = lane_row + offset;
+    const uint32_t address =
+        static_cast<uint32_t>(row) < static_cast<uint32_t>(loaded) ? lane_image + row * p.pitch : zeros;
+#pragma unroll
+    for (int u = 0; u < Shape::kBlocks; ++u) {
+      uint32_t a[4];
+      ldmatrix4(a, address + u * 16);
+#pragma unroll
       for (int j = 0; j < kColumns; ++j) {
+        const int d = u - kShift - j + kReach;
+        if (d >= 0 && d < kDistances) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          sums[i][j][e] = 0.f;
-        }
-      }
-    }
-    // Output row i of the warp and the input rows at `offset` meet in kernel row offset - i + reach_h.
-    const int from = max(-reach_h, load_first - (h0 + kRows * (shared_rows - 1)));
-    const int to = min(reach_h + kRows - 1, load_end - 1 - h0);
-    const uint32_t lane_image = images + (image_group * group + m_image) * p.image_stride;
-    const int lane_row = h0 + m_row + later - load_first;
-    const int loaded = load_end - load_first;
-
-    uint32_t window[kRows + 1][kDistances];  // kernel rows offset - (kRows - 1) + reach_h and on
-    const uint32_t* kernel_row = taps_of_lane + (from + reach_h) * kTapRow;
-#pragma unroll
-    for (int i = 0; i < kRows - 1; ++i) {
-#pragma unroll
-      for (int d = 0; d < kDistances; ++d) {
-        window[i][d] = kernel_row[i * kTapRow + 4 * d];
-      }
-    }
-    kernel_row += (kRows - 1) * kTapRow;
-#pragma unroll 1
-    for (int offset = from; offset <= to; offset += 2) {
-#pragma unroll
-      for (int d = 0; d < kDistances; ++d) {
-        window[kRows - 1][d] = kernel_row[4 * d];
-        window[kRows][d] = kernel_row[kTapRow + 4 * d];
-      }
-      kernel_row += 2 * kTapRow;
-      const int row = lane_row + offset;
-      const uint32_t address = static_cast<uint32_t>(row) < static_cast<uint32_t>(loaded) ? lane_image + row * p.pitch : zeros;
-#pragma unroll
-      for (int u = 0; u < Shape::kBlocks; ++u) {
-        uint32_t a[4];
-        ldmatrix4(a, address + u * 16);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          const int d = u - kShift - j + kReach;
-          if (d >= 0 && d < kDistances) {
-#pragma unroll
-            for (int i = 0; i < kRows; ++i) {
-              multiply_add<S>(sums[i][j], a, window[kRows - 1 - i][d], window[kRows - i][d]);
-            }
+          for (int i = 0; i < kRows; ++i) {
+            multiply_add<S>(sums[i][j], a, taps[i][d].x, taps[i][d].y);
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < kRows - 1; ++i) {
-#pragma unroll
-        for (int d = 0; d < kDistances; ++d) {
-          window[i][d] = window[i + 2][d];
-        }
-      }
     }
+  }
 
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = quad + 8 * half;
-      const int64_t image = first_image + image_group * group + (row & (group - 1));
-      if (image >= p.images) {
-        continue;
-      }
-      uint16_t* plane = static_cast<uint16_t*>(p.y) + (image * p.channels + channel) * (static_cast<int64_t>(p.height) * p.width);
+  for (int half = 0; half < 2; ++half) {
+    const int row = quad + 8 * half;
+    const int image_in_item = image_group * group + (row & (group - 1));
+    const int64_t image = item.first_image + image_in_item;
+    if (image >= p.images) {
+      continue;
+    }
+    const int h = h0 + (row >> p.group_log2) * kRows, w = item.first_column + 2 * pair;
+    uint16_t* place;
+    if constexpr (Shape::kStaged) {
+      place = staged + image_in_item * p.staged_stride + (h - item.first_row) * p.width + w;
+    } else {
+      place = static_cast<uint16_t*>(p.y) + ((image * p.channels + item.channel) * p.height + h) * p.width + w;
+    }
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        const int h = h0 + (row >> p.group_log2) * kRows + i;
-        if (h >= end_row) {
-          continue;
-        }
-        uint16_t* line = plane + static_cast<int64_t>(h) * p.width;
+    for (int i = 0; i < kRows; ++i) {
+      if (h + i < item.end_row) {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          const int w = first_column + 8 * j + 2 * pair;
           const uint32_t two = pack<S>(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
           if (p.vector > 1) {
-            if (w < p.width) {
-              *reinterpret_cast<uint32_t*>(line + w) = two;
+            if (w + 8 * j < p.width) {
+              *reinterpret_cast<uint32_t*>(place + 8 * j) = two;
             }
           } else {
-            if (w < p.width) {
-              line[w] = static_cast<uint16_t>(two);
+            if (w + 8 * j < p.width) {
+              place[8 * j] = static_cast<uint16_t>(two);
             }
-            if (w + 1 < p.width) {
-              line[w + 1] = static_cast<uint16_t>(two >> 16);
+            if (w + 8 * j + 1 < p.width) {
+              place[8 * j + 1] = static_cast<uint16_t>(two >> 16);
             }
           }
         }
       }
+      place += p.width;
+    }
+  }
+}
+
+// Write the rows that were put together in shared memory: of every image one run of elements without a gap.
+template <typename Word, typename Shape>
+__device__ __forceinline__ void write_staged(const ForwardParams& p, const Item<Shape>& item, const uint16_t* staged, int thread,
+                                             int threads) {
+  constexpr int kVector = sizeof(Word) / 2;
+  const int pieces = (item.end_row - item.first_row) * p.width / kVector, slots = max(1, threads / pieces);
+  const int images = static_cast<int>(min(static_cast<int64_t>(p.groups << p.group_log2), p.images - item.first_image));
+  const int64_t plane = static_cast<int64_t>(p.height) * p.width;
+  for (int piece = slots > 1 ? thread % pieces : thread; piece < pieces; piece += threads) {
+    int image = slots > 1 ? thread / pieces : 0;
+    if (image >= slots) {
+      break;
+    }
+    const uint16_t* from = staged + image * p.staged_stride + piece * kVector;
+    uint16_t* to = static_cast<uint16_t*>(p.y) + ((item.first_image + image) * p.channels + item.channel) * plane +
+                   static_cast<int64_t>(item.first_row) * p.width + piece * kVector;
+#pragma unroll 4
+    for (; image < images; image += slots) {
+      *reinterpret_cast<Word*>(to) = *reinterpret_cast<const Word*>(from);
+      from += slots * p.staged_stride;
+      to += slots * p.channels * plane;
+    }
+  }
+}
+
+// One item per CTA: maps that are small enough for many CTAs to be on a multiprocessor at a time.
+template <Scalar S, typename Shape>
+__global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kCtasPerSm) forward_kernel(const ForwardParams p) {
+  constexpr int kThreads = Shape::kWarps * 32;
+  extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ int next_task;
+  const int thread = threadIdx.x, lane = thread & 31;
+  const Item<Shape> item(p, blockIdx.x);
+  const uint32_t zeros = shared_address(memory), images = zeros + Shape::kZeroBytes;
+  auto* table = reinterpret_cast<uint16_t*>(memory + Shape::kZeroBytes + (p.groups << p.group_log2) * p.image_stride);
+  uint16_t* staged = table + Shape::table_bytes(p.kernel_height) / 2;
+  copy_rectangle<Shape::kBlocks>(images, p.x, p, item.rectangle(p), p.pitch, p.image_stride, thread, kThreads);
+  clear<kThreads>(memory, Shape::kZeroBytes, thread);
+  clear<kThreads>(table, Shape::table_bytes(p.kernel_height), thread);
+  if (thread == 0) {
+    next_task = 0;
+  }
+  __syncthreads();
+  write_table<Shape>(table, p, item.channel, thread, kThreads);
+  wait_for_copies();
+  __syncthreads();
+  const int tasks = rows_to_blocks<Shape>(p, item.end_row - item.first_row) * p.groups;
+  while (true) {
+    const int task = take_task(&next_task, lane);
+    if (task >= tasks) {
+      break;
+    }
+    convolve_rows<S, Shape>(p, item, task, zeros, images, table, staged, lane);
+  }
+  if constexpr (Shape::kStaged) {
+    __syncthreads();
+    if (p.staged_vector == 4) {
+      write_staged<uint2, Shape>(p, item, staged, thread, kThreads);
+    } else if (p.staged_vector == 2) {
+      write_staged<uint32_t, Shape>(p, item, staged, thread, kThreads);
+    } else {
+      write_staged<uint16_t, Shape>(p, item, staged, thread, kThreads);
+    }
+  }
+}
+
+// Many items per CTA, of which two are in shared memory: while warps work on one, the other is being copied. Warps take
+// tasks one by one across the border of two items and never wait for each other: the warp that ends the last task of
+// an item starts the copy of the item after the next into its place.
+template <Scalar S, typename Shape>
+__global__ void __launch_bounds__(Shape::kWarps * 32, 1) forward_stream_kernel(const ForwardParams p, uint32_t items, int tile_bytes) {
+  constexpr int kThreads = Shape::kWarps * 32;
+  extern __shared__ __align__(128) unsigned char memory[];
+  __shared__ int next_task, ended[2];
+  __shared__ uint64_t full[2];
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  const uint32_t zeros = shared_address(memory);
+  const int image_bytes = (p.groups << p.group_log2) * p.image_stride;
+  const auto tile_at = [&](int which) { return memory + Shape::kZeroBytes + which * tile_bytes; };
+  const auto table_at = [&](int which) { return reinterpret_cast<uint16_t*>(tile_at(which) + image_bytes); };
+  const auto copy = [&](uint32_t number, int which, int one, int all) {
+    const Item<Shape> item(p, number);
+    copy_rectangle<Shape::kBlocks>(shared_address(tile_at(which)), p.x, p, item.rectangle(p), p.pitch, p.image_stride, one, all);
+    write_table<Shape>(table_at(which), p, item.channel, one, all);
+  };
+  clear<kThreads>(memory, Shape::kZeroBytes, thread);
+  clear<kThreads>(table_at(0), Shape::table_bytes(p.kernel_height), thread);
+  clear<kThreads>(table_at(1), Shape::table_bytes(p.kernel_height), thread);
+  if (thread == 0) {
+    next_task = ended[0] = ended[1] = 0;
+    barrier_init(shared_address(&full[0]), 64);
+    barrier_init(shared_address(&full[1]), 64);
+  }
+  __syncthreads();
+  // The first item is copied by all; then one warp each.
+  copy(blockIdx.x, 0, thread, kThreads);
+  wait_for_copies();
+  __syncthreads();
+  if (warp == 0) {
+    barrier_arrive(shared_address(&full[0]));
+    barrier_arrive(shared_address(&full[0]));
+  }
+  const auto start_copy = [&](uint32_t number, int which) {
+    copy(number, which, lane, 32);
+    barrier_arrive_after_copies(shared_address(&full[which]));
+    barrier_arrive(shared_address(&full[which]));
+  };
+  if (warp == 1 && blockIdx.x + gridDim.x < items) {
+    start_copy(blockIdx.x + gridDim.x, 1);
+  }
+  // Tiles at the lower border can have fewer rows; a task without rows ends at once.
+  const int tasks = rows_to_blocks<Shape>(p, p.tile_rows) * p.groups;
+  while (true) {
+    const int all = take_task(&next_task, lane);
+    const int turn = all / tasks, which = turn & 1, task = all - turn * tasks;
+    const uint32_t number = blockIdx.x + gridDim.x * turn;
+    if (number >= items) {
+      break;
+    }
+    barrier_wait(shared_address(&full[which]), (turn >> 1) & 1);
+    const Item<Shape> item(p, number);
+    if (task < rows_to_blocks<Shape>(p, item.end_row - item.first_row) * p.groups) {
+      convolve_rows<S, Shape>(p, item, task, zeros, shared_address(tile_at(which)), table_at(which), nullptr, lane);
+    }
+    __syncwarp();
+    int last = 0;
+    if (lane == 0) {
+      __threadfence_block();
+      last = atomicAdd(&ended[which], 1) == tasks - 1;
+      if (last) {
+        ended[which] = 0;
+        __threadfence_block();
+      }
+    }
+    last = __shfl_sync(0xffffffff, last, 0);
+    if (last && number + 2 * gridDim.x < items) {
+      start_copy(number + 2 * gridDim.x, which);
     }
   }
 }

@@ -31,6 +31,15 @@ inline int64_t shared_memory_per_sm() {
   return bytes;
 }
 
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 1;
+  }
+  return count;
+}
+
 // Eight addresses of one ldmatrix are those of eight images, or of fewer images and some rows each: strides that put
 // them into eight different groups of four banks.
 inline int padded_stride(int64_t bytes, int group_log2) {

@@ -28,6 +28,8 @@ struct ForwardParams : Geometry {
   const void* weight;  // (C, 1, Kh, Kw)
   void* y;             // (N, C, H, W)
   bool flip;           // taps in reverse order: the adjoint in x
+  int staged_stride;   // elements from image to image where output is put together in shared memory
+  int staged_vector;   // elements per store from there: 4, 2 or 1
 };
 
 struct WeightParams : Geometry {

@@ -69,55 +69,106 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool t
 
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Copy rows [first_row, first_row + rows) and columns [first_column, first_column + 8 * Blocks) of `images` planes to
-// shared memory; what lies outside the map, or after the last image, is zero. Vector elements at a time.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait for all but the last group of copies.
+__device__ __forceinline__ void wait_for_earlier_copies() { asm volatile("cp.async.wait_group 1;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
+  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(barrier) : "memory");
+}
+
+// Arrive once the copies that this thread started have ended.
+__device__ __forceinline__ void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
+  int done = 0;
+  while (done == 0) {
+    asm volatile(
+        "{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.s32 %0, 1, 0, p; }"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+  }
+}
+
+// A rectangle of planes: rows [first_row, first_row + rows) and columns [first_column, first_column + 8 * Blocks) of
+// `images` planes of one channel from `first_image` on.
+struct Rectangle {
+  int64_t first_image;
+  int images, channel;
+  int first_row, rows, first_column;
+};
+
+// Copy a rectangle to shared memory, Vector elements at a time; what lies outside the map, or after the last image, is
+// zero. A piece has the same place in every image: a thread divides once per piece, and then only steps from plane to
+// plane.
 template <int Blocks, int Vector>
-__device__ __forceinline__ void copy_tile(uint32_t to, const uint16_t* from, const Geometry& g, int64_t first_image,
-                                          int images, int channel, int first_row, int rows, int first_column, int pitch,
-                                          int image_stride, int thread, int threads) {
-  constexpr int kPerRow = Blocks * 8 / Vector;
+__device__ __forceinline__ void copy_pieces(uint32_t to, const uint16_t* from, const Geometry& g, const Rectangle& r,
+                                            int pitch, int image_stride, int thread, int threads) {
+  constexpr int kPerRow = Blocks * 8 / Vector, kAhead = 16;
+  const int pieces = r.rows * kPerRow;
+  const int slots = max(1, threads / pieces);  // images that are copied beside each other
   const int64_t plane = static_cast<int64_t>(g.height) * g.width;
-  const int per_image = rows * kPerRow;
-  // A thread's next place is `threads` further: it carries (image, row, piece) along and divides only here.
-  int image = thread / per_image, row = thread % per_image / kPerRow, piece = thread % kPerRow;
-  const int step_row = threads / kPerRow, step_piece = threads % kPerRow;
-  while (image < images) {
-    const int y = first_row + row, x = first_column + piece * Vector;
-    const bool there = first_image + image < g.images && x >= 0 && x < g.width;
-    const uint16_t* source = there ? from + ((first_image + image) * g.channels + channel) * plane + y * g.width + x : from;
-    const uint32_t target = to + image * image_stride + row * pitch + piece * Vector * 2;
+  const int64_t step = plane * g.channels * slots;
+  const int there = static_cast<int>(min(static_cast<int64_t>(r.images), g.images - r.first_image));
+  for (int piece = slots > 1 ? thread % pieces : thread; piece < pieces; piece += threads) {
+    const int row = piece / kPerRow, x = r.first_column + piece % kPerRow * Vector;
+    int image = slots > 1 ? thread / pieces : 0;
+    if (image >= slots) {
+      break;
+    }
+    const bool on_map = x >= 0 && x < g.width;
+    const uint16_t* source = from + ((r.first_image + image) * g.channels + r.channel) * plane +
+                             static_cast<int64_t>(r.first_row + row) * g.width + x;
+    uint32_t target = to + image * image_stride + row * pitch + piece % kPerRow * (Vector * 2);
     if constexpr (Vector == 1) {
-      const uint16_t value = there ? __ldg(source) : uint16_t{0};
-      asm volatile("st.shared.u16 [%0], %1;" ::"r"(target), "h"(value) : "memory");
+      // Loads in flight before the first one is used.
+      for (; image < r.images; image += kAhead * slots) {
+        uint16_t values[kAhead];
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          values[k] = on_map && image + k * slots < there ? __ldg(source + k * step) : uint16_t{0};
+        }
+#pragma unroll
+        for (int k = 0; k < kAhead; ++k) {
+          if (image + k * slots < r.images) {
+            asm volatile("st.shared.u16 [%0], %1;" ::"r"(target + k * slots * image_stride), "h"(values[k]) : "memory");
+          }
+        }
+        source += kAhead * step;
+        target += kAhead * slots * image_stride;
+      }
     } else {
-      copy_async<Vector * 2>(target, source, there);
-    }
-    piece += step_piece;
-    row += step_row;
-    if (piece >= kPerRow) {
-      piece -= kPerRow;
-      ++row;
-    }
-    while (row >= rows) {
-      row -= rows;
-      ++image;
+#pragma unroll 4
+      for (; image < r.images; image += slots) {
+        const bool read = on_map && image < there;
+        copy_async<Vector * 2>(target, read ? source : from, read);
+        source += step;
+        target += slots * image_stride;
+      }
     }
   }
 }
 
 template <int Blocks>
-__device__ __forceinline__ void copy_tile(uint32_t to, const void* from, const Geometry& g, int64_t first_image,
-                                          int images, int channel, int first_row, int rows, int first_column, int pitch,
-                                          int image_stride, int thread, int threads) {
+__device__ __forceinline__ void copy_rectangle(uint32_t to, const void* from, const Geometry& g, const Rectangle& r,
+                                               int pitch, int image_stride, int thread, int threads) {
   const auto* source = static_cast<const uint16_t*>(from);
   if (g.vector == 8) {
-    copy_tile<Blocks, 8>(to, source, g, first_image, images, channel, first_row, rows, first_column, pitch, image_stride, thread, threads);
+    copy_pieces<Blocks, 8>(to, source, g, r, pitch, image_stride, thread, threads);
   } else if (g.vector == 4) {
-    copy_tile<Blocks, 4>(to, source, g, first_image, images, channel, first_row, rows, first_column, pitch, image_stride, thread, threads);
+    copy_pieces<Blocks, 4>(to, source, g, r, pitch, image_stride, thread, threads);
   } else if (g.vector == 2) {
-    copy_tile<Blocks, 2>(to, source, g, first_image, images, channel, first_row, rows, first_column, pitch, image_stride, thread, threads);
+    copy_pieces<Blocks, 2>(to, source, g, r, pitch, image_stride, thread, threads);
   } else {
-    copy_tile<Blocks, 1>(to, source, g, first_image, images, channel, first_row, rows, first_column, pitch, image_stride, thread, threads);
+    copy_pieces<Blocks, 1>(to, source, g, r, pitch, image_stride, thread, threads);
   }
 }
 

@@ -13,16 +13,14 @@ constexpr int64_t kWantedCtas = 768;
 
 template <typename Shape>
 int64_t memory_of(const WeightParams& p) {
-  const int64_t tile = Shape::kZeroBytes + (int64_t{p.groups} << p.group_log2) * (p.image_stride + p.dy_image_stride);
+  const int64_t tile = Shape::kZeroBytes + 2 * (int64_t{p.groups} << p.group_log2) * (p.image_stride + p.dy_image_stride);
   const int64_t blocks = int64_t{p.kernel_groups} * 2 * Shape::kPairs * Shape::kDistances * 64 * 4;
   return std::max(tile, blocks);
 }
 
 template <typename Shape>
 bool plan(WeightParams& p) {
-  // What an A100 has: the order of sums is the same on every GPU.
-  constexpr int64_t kShared = 164 * 1024;
-  const int64_t budget = kShared / Shape::kCtasPerSm - 1024;
+  const int64_t budget = shared_memory_per_sm() / Shape::kCtasPerSm - 1024 - 128;
   p.column_tiles = cdiv(p.width, 8 * Shape::kColumns);
   p.kernel_groups = cdiv(p.kernel_height, 2 * Shape::kPairs);
   p.row_splits = std::max(1, Shape::kMaxThreads / 32 / p.kernel_groups);

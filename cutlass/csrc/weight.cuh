@@ -50,7 +50,9 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm) weight_
 
   const int group = 1 << p.group_log2, shared_rows = 16 >> p.group_log2;
   const int kernel_group = warp % p.kernel_groups, row_split = warp / p.kernel_groups;
-  const int kernel_first = kernel_group * 2 * kPairs;
+  // Pair i of a warp is kernel_group + i * kernel_groups: rows from the rim and from the middle of the kernel, which
+  // meets more rows of the map.
+  const auto kernel_row_of = [&](int i) { return 2 * (kernel_group + i * p.kernel_groups); };
   // Where a lane loads from: matrices of grad are (k low, row h), (k low, row h + 1), (k high, h), (k high, h + 1), those
   // of x (k low, u), (k high, u), (k low, u + 1), (k high, u + 1); k counts the images of the group, then rows.
   const int grad_k = (lane & 7) + 8 * (lane >> 4), grad_later = (lane >> 3) & 1;
@@ -69,18 +71,29 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm) weight_
     }
   }
 
+  // While one tile is worked on, the next one is copied.
   const int64_t step = static_cast<int64_t>(images_per_cta) * p.splits;
-  for (int64_t first_image = static_cast<int64_t>(split) * images_per_cta; first_image < p.images; first_image += step) {
+  const int64_t begin = static_cast<int64_t>(split) * images_per_cta;
+  const int tile_bytes = images_per_cta * (p.image_stride + p.dy_image_stride);
+  const auto copy = [&](int64_t first_image, int which) {
+    if (first_image < p.images) {
+      const Rectangle of_x{first_image, images_per_cta, channel, load_first, loaded, first_column - 8 * kShift};
+      const Rectangle of_grad{first_image, images_per_cta, channel, first_row, rows, first_column};
+      copy_rectangle<kBlocks>(x_at + which * tile_bytes, p.x, p, of_x, p.pitch, p.image_stride, thread, threads);
+      copy_rectangle<kColumns>(grad_at + which * tile_bytes, p.grad, p, of_grad, p.dy_pitch, p.dy_image_stride, thread, threads);
+    }
+    commit_copies();
+  };
+  copy(begin, 0);
+  int which = 0;
+  for (int64_t first_image = begin; first_image < p.images; first_image += step, which ^= 1) {
+    copy(first_image + step, which ^ 1);
+    wait_for_earlier_copies();
     __syncthreads();
-    copy_tile<kBlocks>(x_at, p.x, p, first_image, images_per_cta, channel, load_first, loaded,
-                       first_column - 8 * kShift, p.pitch, p.image_stride, thread, threads);
-    copy_tile<kColumns>(grad_at, p.grad, p, first_image, images_per_cta, channel, first_row, rows, first_column,
-                        p.dy_pitch, p.dy_image_stride, thread, threads);
-    wait_for_copies();
-    __syncthreads();
+    const uint32_t grad_tile = grad_at + which * tile_bytes, x_tile = x_at + which * tile_bytes;
     for (int image_group = 0; image_group < p.groups; ++image_group) {
-      const uint32_t grad_image = grad_at + (image_group * group + (grad_k & (group - 1))) * p.dy_image_stride;
-      const uint32_t x_image = x_at + (image_group * group + (x_k & (group - 1))) * p.image_stride;
+      const uint32_t grad_image = grad_tile + (image_group * group + (grad_k & (group - 1))) * p.dy_image_stride;
+      const uint32_t x_image = x_tile + (image_group * group + (x_k & (group - 1))) * p.image_stride;
 #pragma unroll 1
       for (int h = -1 + row_split * shared_rows; h < rows; h += shared_rows * p.row_splits) {
         const int gr = h + grad_row;
@@ -93,7 +106,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm) weight_
 #pragma unroll
         for (int i = 0; i < kPairs; ++i) {
           // Rows of x, counted from the first that is loaded, that row h of grad meets in the upper kernel row.
-          const int meets = h + first_row + kernel_first + 2 * i + 1 - reach_h - load_first;
+          const int meets = h + first_row + kernel_row_of(i) + 1 - reach_h - load_first;
           if (meets + shared_rows <= 0 || meets >= loaded) {
             continue;
           }
@@ -121,6 +134,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm) weight_
         }
       }
     }
+    __syncthreads();
   }
 
   // [kernel row][distance][8 columns of grad][8 columns of x]; warps of different rows of the map one after another.
@@ -137,7 +151,7 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm) weight_
       for (int d = 0; d < kDistances; ++d) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int kernel_row = kernel_first + 2 * i + 1 - half;
+          const int kernel_row = kernel_row_of(i) + 1 - half;
           auto* place = reinterpret_cast<float2*>(blocks + (kernel_row * kDistances + d) * 64 + quad * 8 + 2 * pair);
           float2 sum = make_float2(sums[i][d][2 * half], sums[i][d][2 * half + 1]);
           if (turn > 0) {
