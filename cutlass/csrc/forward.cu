@@ -24,7 +24,7 @@ std::string launch(ForwardParams p, cudaStream_t stream) {
   p.groups = 1;
   for (;; next_smaller(p)) {
     set_strides(p, Shape::kBlocks);
-    p.staged_stride = cdiv(p.tile_rows * p.width, 4) * 4;
+    p.staged_stride = rows_to_blocks<Shape>(p, p.tile_rows) * Shape::kRows * (16 >> p.group_log2) * 8 * Shape::kColumns + 8;
     if (memory() <= budget) {
       break;
     }
@@ -47,11 +47,6 @@ std::string launch(ForwardParams p, cudaStream_t stream) {
   const int64_t items = cdiv(groups_in_all, int64_t{p.groups}) * p.row_tiles * p.column_tiles * p.channels;
   if (items > 0x7fffffff) {
     return "more blocks than a launch can have";
-  }
-  p.staged_vector = 4;
-  while ((p.row_tiles > 1 ? p.width : p.height * p.width) % p.staged_vector != 0 ||
-         reinterpret_cast<uintptr_t>(p.y) % (2 * p.staged_vector) != 0) {
-    p.staged_vector /= 2;
   }
   const int bytes = static_cast<int>(memory()), threads = Shape::kWarps * 32;
   cudaError_t error;
@@ -85,7 +80,7 @@ std::string choose(const ForwardParams& p, cudaStream_t stream) {
     return launch<S, ForwardShape<2, 1, false, 7, 4, 3, false, true>>(p, stream);
   }
   if (p.width <= 32 && reach <= 2) {
-    return launch<S, ForwardShape<4, 2, false, 2, 16, 1, true, false>>(p, stream);
+    return launch<S, ForwardShape<4, 2, false, 4, 16, 1, true, false>>(p, stream);
   }
   if (p.width <= 56 && reach <= 2) {
     return launch<S, ForwardShape<7, 2, false, 2, 16, 1, true, false>>(p, stream);

@@ -22,7 +22,7 @@ struct ForwardShape {
   // Words of a kernel row in one of the two copies in shared memory, plus 8 where both would meet in the same banks.
   static constexpr int kTapRow = 8 * Reach + 8 + 8 * (Reach % 2);
   static constexpr int kZeroBytes = kBlocks * 16;
-  static constexpr int kTasks = Stream ? 28 : 2 * Warps;  // per item, about
+  static constexpr int kTasks = Stream ? 14 : 2 * Warps;  // per item, at least
   static_assert(Halo || Reach < Columns || Columns == 1, "blocks further away than the map is wide");
 
   static __host__ __device__ int table_rows(int kernel_height) { return kernel_height + 2 * Rows; }
@@ -39,9 +39,16 @@ __device__ __forceinline__ void clear(void* from, int bytes, int thread) {
 __device__ __forceinline__ int take_task(int* next, int lane) {
   int task = 0;
   if (lane == 0) {
-    task = atomicAdd(next, 1);
+    asm volatile("atom.relaxed.cta.shared.add.s32 %0, [%1], 1;" : "=r"(task) : "r"(shared_address(next)) : "memory");
   }
   return __shfl_sync(0xffffffff, task, 0);
+}
+
+// What was counted before; orders what the caller did before it, and what it does after.
+__device__ __forceinline__ int count_up(int* counter) {
+  int before = 0;
+  asm volatile("atom.acq_rel.cta.shared.add.s32 %0, [%1], 1;" : "=r"(before) : "r"(shared_address(counter)) : "memory");
+  return before;
 }
 
 template <typename Shape>
@@ -55,9 +62,13 @@ template <typename Shape>
 struct Item {
   int channel;
   int64_t first_image;
+  int images;  // that there are
   int first_row, end_row, first_column;
   int load_first, load_end;
+  int row_blocks;
+  uint16_t* y;  // of the first image, first row and column of the map
 
+  Item() = default;
   __device__ __forceinline__ Item(const ForwardParams& p, uint32_t number) {
     // Neighbouring items take neighbouring channels of the same images.
     uint32_t rest = number / p.channels;
@@ -70,10 +81,13 @@ struct Item {
     first_image = static_cast<int64_t>(rest) * (p.groups << p.group_log2);
     load_first = max(0, first_row - p.kernel_height / 2);
     load_end = min(p.height, end_row + p.kernel_height / 2);
+    images = static_cast<int>(min(static_cast<int64_t>(p.groups << p.group_log2), p.images - first_image));
+    row_blocks = rows_to_blocks<Shape>(p, end_row - first_row);
+    y = static_cast<uint16_t*>(p.y) + (first_image * p.channels + channel) * (int64_t{p.height} * p.width);
   }
 
   __device__ __forceinline__ Rectangle rectangle(const ForwardParams& p) const {
-    return {first_image, p.groups << p.group_log2, channel, load_first, load_end - load_first,
+    return {first_image, p.images, p.groups << p.group_log2, channel, load_first, load_end - load_first,
             first_column - (Shape::kHalo ? 8 * Shape::kReach : 0)};
   }
 };
@@ -82,9 +96,9 @@ struct Item {
 // kernel rows: (taps c and c + 1 of row r, the same of row r + 1) are eight bytes of the table, for every r, and for
 // every even c in one copy, every odd c in the other. So every tap stands in four places. The table was cleared before:
 // there are rows of zeros before and after, and columns.
-template <typename Shape>
+template <typename Shape, int kAhead>
 __device__ __forceinline__ void write_table(uint16_t* table, const ForwardParams& p, int channel, int thread, int threads) {
-  constexpr int kAhead = 8, kRow = Shape::kTapRow * 8;  // elements: two copies of words for two rows
+  constexpr int kRow = Shape::kTapRow * 8;  // elements: two copies of words for two rows
   const int taps = p.kernel_height * p.kernel_width;
   const auto* weight = static_cast<const uint16_t*>(p.weight) + static_cast<int64_t>(channel) * taps;
   const int shift = 8 * Shape::kReach + 8 - p.kernel_width / 2;
@@ -124,9 +138,12 @@ __device__ __forceinline__ void convolve_rows(const ForwardParams& p, const Item
   const int m_image = m & (group - 1), m_row = (m >> p.group_log2) * kRows;
   const int quad = lane >> 2, pair = lane & 3;
 
-  const int row_blocks = rows_to_blocks<Shape>(p, item.end_row - item.first_row);
-  const int image_group = task % p.groups, turn = task / p.groups;
-  const int block = row_blocks / 2 + ((turn & 1) ? -(turn + 1) / 2 : turn / 2);
+  int turn = task, image_group = 0;
+  if (p.groups > 1) {
+    turn = static_cast<int>(static_cast<unsigned>(task) / static_cast<unsigned>(p.groups));
+    image_group = task - turn * p.groups;
+  }
+  const int block = (item.row_blocks >> 1) + ((turn & 1) ? -((turn + 1) >> 1) : turn >> 1);
   const int h0 = item.first_row + block * kRows * shared_rows;
 
   float sums[kRows][kColumns][4];
@@ -144,71 +161,98 @@ __device__ __forceinline__ void convolve_rows(const ForwardParams& p, const Item
   const int from = max(-reach_h, item.load_first - (h0 + kRows * (shared_rows - 1)));
   const int to = min(reach_h + kRows - 1, item.load_end - 1 - h0);
   const uint32_t lane_image = images + (image_group * group + m_image) * p.image_stride;
-  const int lane_row = h0 + m_row + later - item.load_first;
+  int row = h0 + m_row + later - item.load_first + from;
   const int loaded = item.load_end - item.load_first;
 
+  // Output rows 2 q and 2 q + 1 take the kernel rows that 2 q - 2 and 2 q - 1 took a step before. The taps of a step
+  // stay in one place of a ring while output rows pass over them.
+  constexpr int kRing = (kRows + 1) / 2;
+  uint2 taps[kRing][2][kDistances];
   const uint2* kernel_row = reinterpret_cast<const uint2*>(table) + ((quad & 1) ? kTapRow : 0) +
                             (8 + 2 * pair - quad - (quad & 1)) / 2 + (from + reach_h + kRows - 1) * (2 * kTapRow);
-#pragma unroll 1
-  for (int offset = from; offset <= to; offset += 2) {
-    uint2 taps[kRows][kDistances];
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+  for (int i = 2; i < kRows; ++i) {
 #pragma unroll
-      for (int d = 0; d < kDistances; ++d) {
-        taps[i][d] = kernel_row[4 * d - i * (2 * kTapRow)];
-      }
+    for (int d = 0; d < kDistances; ++d) {
+      taps[i / 2][i % 2][d] = kernel_row[4 * d - i * (2 * kTapRow)];
     }
-    kernel_row += 4 * kTapRow;
-    const int row = lane_row + offset;
-    const uint32_t address =
-        static_cast<uint32_t>(row) < static_cast<uint32_t>(loaded) ? lane_image + row * p.pitch : zeros;
+  }
+#pragma unroll 1
+  for (int offset = from; offset <= to;) {
 #pragma unroll
-    for (int u = 0; u < Shape::kBlocks; ++u) {
-      uint32_t a[4];
-      ldmatrix4(a, address + u * 16);
+    for (int phase = 0; phase < kRing; ++phase) {
+      constexpr auto place = [](int q, int f) { return (q - f + kRing) % kRing; };
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const int d = u - kShift - j + kReach;
-        if (d >= 0 && d < kDistances) {
+      for (int i = 0; i < 2; ++i) {
 #pragma unroll
-          for (int i = 0; i < kRows; ++i) {
-            multiply_add<S>(sums[i][j], a, taps[i][d].x, taps[i][d].y);
+        for (int d = 0; d < kDistances; ++d) {
+          taps[place(0, phase)][i][d] = kernel_row[4 * d - i * (2 * kTapRow)];
+        }
+      }
+      kernel_row += 4 * kTapRow;
+      const uint32_t address =
+          static_cast<uint32_t>(row) < static_cast<uint32_t>(loaded) ? lane_image + row * p.pitch : zeros;
+      row += 2;
+#pragma unroll
+      for (int u = 0; u < Shape::kBlocks; ++u) {
+        uint32_t a[4];
+        ldmatrix4(a, address + u * 16);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const int d = u - kShift - j + kReach;
+          if (d >= 0 && d < kDistances) {
+#pragma unroll
+            for (int i = 0; i < kRows; ++i) {
+              const uint2& both = taps[place(i / 2, phase)][i % 2][d];
+              multiply_add<S>(sums[i][j], a, both.x, both.y);
+            }
           }
         }
+      }
+      offset += 2;
+      if (offset > to) {
+        break;
       }
     }
   }
 
+  if constexpr (Shape::kStaged) {
+    // In shared memory rows are as long as the tile is wide, and nothing has to be asked.
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int tile_row = quad + 8 * half;
+      const int h = h0 - item.first_row + (tile_row >> p.group_log2) * kRows;
+      uint16_t* place = staged + (image_group * group + (tile_row & (group - 1))) * p.staged_stride + h * (8 * kColumns) + 2 * pair;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          *reinterpret_cast<uint32_t*>(place + (8 * kColumns) * i + 8 * j) = pack<S>(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+        }
+      }
+    }
+    return;
+  }
+  const bool whole = p.vector > 1 && item.first_column + 8 * kColumns <= p.width;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = quad + 8 * half;
-    const int image_in_item = image_group * group + (row & (group - 1));
-    const int64_t image = item.first_image + image_in_item;
-    if (image >= p.images) {
+    const int tile_row = quad + 8 * half;
+    const int image_in_item = image_group * group + (tile_row & (group - 1));
+    if (image_in_item >= item.images) {
       continue;
     }
-    const int h = h0 + (row >> p.group_log2) * kRows, w = item.first_column + 2 * pair;
-    uint16_t* place;
-    if constexpr (Shape::kStaged) {
-      place = staged + image_in_item * p.staged_stride + (h - item.first_row) * p.width + w;
-    } else {
-      place = static_cast<uint16_t*>(p.y) + ((image * p.channels + item.channel) * p.height + h) * p.width + w;
-    }
+    const int h = h0 + (tile_row >> p.group_log2) * kRows, w = item.first_column + 2 * pair;
+    uint16_t* place = item.y + image_in_item * (p.channels * (int64_t{p.height} * p.width)) + static_cast<int64_t>(h) * p.width + w;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (h + i < item.end_row) {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
           const uint32_t two = pack<S>(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
-          if (p.vector > 1) {
-            if (w + 8 * j < p.width) {
-              *reinterpret_cast<uint32_t*>(place + 8 * j) = two;
-            }
-          } else {
-            if (w + 8 * j < p.width) {
-              place[8 * j] = static_cast<uint16_t>(two);
-            }
+          if (whole || (p.vector > 1 && w + 8 * j < p.width)) {
+            *reinterpret_cast<uint32_t*>(place + 8 * j) = two;
+          } else if (w + 8 * j < p.width) {
+            place[8 * j] = static_cast<uint16_t>(two);
             if (w + 8 * j + 1 < p.width) {
               place[8 * j + 1] = static_cast<uint16_t>(two >> 16);
             }
@@ -225,22 +269,23 @@ template <typename Word, typename Shape>
 __device__ __forceinline__ void write_staged(const ForwardParams& p, const Item<Shape>& item, const uint16_t* staged, int thread,
                                              int threads) {
   constexpr int kVector = sizeof(Word) / 2;
-  const int pieces = (item.end_row - item.first_row) * p.width / kVector, slots = max(1, threads / pieces);
-  const int images = static_cast<int>(min(static_cast<int64_t>(p.groups << p.group_log2), p.images - item.first_image));
-  const int64_t plane = static_cast<int64_t>(p.height) * p.width;
+  const int per_row = p.width / kVector, pieces = (item.end_row - item.first_row) * per_row;
+  const int slots = max(1, threads / pieces);
+  const int64_t step = int64_t{p.height} * p.width * p.channels * slots;
   for (int piece = slots > 1 ? thread % pieces : thread; piece < pieces; piece += threads) {
     int image = slots > 1 ? thread / pieces : 0;
     if (image >= slots) {
       break;
     }
-    const uint16_t* from = staged + image * p.staged_stride + piece * kVector;
-    uint16_t* to = static_cast<uint16_t*>(p.y) + ((item.first_image + image) * p.channels + item.channel) * plane +
-                   static_cast<int64_t>(item.first_row) * p.width + piece * kVector;
-#pragma unroll 4
-    for (; image < images; image += slots) {
+    const int row = piece / per_row;
+    const uint16_t* from = staged + image * p.staged_stride + row * (8 * Shape::kColumns) + (piece - row * per_row) * kVector;
+    uint16_t* to = item.y + image * (int64_t{p.height} * p.width * p.channels) + static_cast<int64_t>(item.first_row) * p.width +
+                   piece * kVector;
+#pragma unroll 8
+    for (; image < item.images; image += slots) {
       *reinterpret_cast<Word*>(to) = *reinterpret_cast<const Word*>(from);
       from += slots * p.staged_stride;
-      to += slots * p.channels * plane;
+      to += step;
     }
   }
 }
@@ -263,10 +308,10 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kCtasPerSm) forward
     next_task = 0;
   }
   __syncthreads();
-  write_table<Shape>(table, p, item.channel, thread, kThreads);
+  write_table<Shape, 2>(table, p, item.channel, thread, kThreads);
   wait_for_copies();
   __syncthreads();
-  const int tasks = rows_to_blocks<Shape>(p, item.end_row - item.first_row) * p.groups;
+  const int tasks = item.row_blocks * p.groups;
   while (true) {
     const int task = take_task(&next_task, lane);
     if (task >= tasks) {
@@ -276,9 +321,7 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kCtasPerSm) forward
   }
   if constexpr (Shape::kStaged) {
     __syncthreads();
-    if (p.staged_vector == 4) {
-      write_staged<uint2, Shape>(p, item, staged, thread, kThreads);
-    } else if (p.staged_vector == 2) {
+    if (p.vector > 1) {
       write_staged<uint32_t, Shape>(p, item, staged, thread, kThreads);
     } else {
       write_staged<uint16_t, Shape>(p, item, staged, thread, kThreads);
@@ -294,6 +337,7 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, 1) forward_stream_kernel(c
   constexpr int kThreads = Shape::kWarps * 32;
   extern __shared__ __align__(128) unsigned char memory[];
   __shared__ int next_task, ended[2];
+  __shared__ Item<Shape> item_at[2];
   __shared__ uint64_t full[2];
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   const uint32_t zeros = shared_address(memory);
@@ -303,7 +347,10 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, 1) forward_stream_kernel(c
   const auto copy = [&](uint32_t number, int which, int one, int all) {
     const Item<Shape> item(p, number);
     copy_rectangle<Shape::kBlocks>(shared_address(tile_at(which)), p.x, p, item.rectangle(p), p.pitch, p.image_stride, one, all);
-    write_table<Shape>(table_at(which), p, item.channel, one, all);
+    write_table<Shape, 8>(table_at(which), p, item.channel, one, all);
+    if (one == 0) {
+      item_at[which] = item;
+    }
   };
   clear<kThreads>(memory, Shape::kZeroBytes, thread);
   clear<kThreads>(table_at(0), Shape::table_bytes(p.kernel_height), thread);
@@ -332,26 +379,31 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, 1) forward_stream_kernel(c
   }
   // Tiles at the lower border can have fewer rows; a task without rows ends at once.
   const int tasks = rows_to_blocks<Shape>(p, p.tile_rows) * p.groups;
+  int turn = 0, before = 0;
+  uint32_t number = blockIdx.x;
   while (true) {
-    const int all = take_task(&next_task, lane);
-    const int turn = all / tasks, which = turn & 1, task = all - turn * tasks;
-    const uint32_t number = blockIdx.x + gridDim.x * turn;
+    int task = take_task(&next_task, lane) - before;
+    while (task >= tasks) {
+      task -= tasks;
+      before += tasks;
+      number += gridDim.x;
+      ++turn;
+    }
     if (number >= items) {
       break;
     }
+    const int which = turn & 1;
     barrier_wait(shared_address(&full[which]), (turn >> 1) & 1);
-    const Item<Shape> item(p, number);
-    if (task < rows_to_blocks<Shape>(p, item.end_row - item.first_row) * p.groups) {
+    const Item<Shape>& item = item_at[which];
+    if (task < item.row_blocks * p.groups) {
       convolve_rows<S, Shape>(p, item, task, zeros, shared_address(tile_at(which)), table_at(which), nullptr, lane);
     }
     __syncwarp();
     int last = 0;
     if (lane == 0) {
-      __threadfence_block();
-      last = atomicAdd(&ended[which], 1) == tasks - 1;
+      last = count_up(&ended[which]) == tasks - 1;
       if (last) {
         ended[which] = 0;
-        __threadfence_block();
       }
     }
     last = __shfl_sync(0xffffffff, last, 0);

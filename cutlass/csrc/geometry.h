@@ -9,11 +9,6 @@
 
 namespace smpconv {
 
-template <typename A, typename B>
-constexpr auto cdiv(A a, B b) {
-  return (a + b - 1) / b;
-}
-
 inline int log2_ceil(int64_t n) {
   int log2 = 0;
   while ((int64_t{1} << log2) < n) {

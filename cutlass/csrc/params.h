@@ -4,6 +4,17 @@
 
 namespace smpconv {
 
+#ifdef __CUDACC__
+#define SMPCONV_BOTH __host__ __device__
+#else
+#define SMPCONV_BOTH
+#endif
+
+template <typename A, typename B>
+SMPCONV_BOTH constexpr auto cdiv(A a, B b) {
+  return (a + b - 1) / b;
+}
+
 enum class Scalar { bfloat16, float16 };
 
 // Geometry shared by the two kernels. A CTA works on one channel, on `groups` times `group_images` images, and on one tile
@@ -29,7 +40,6 @@ struct ForwardParams : Geometry {
   void* y;             // (N, C, H, W)
   bool flip;           // taps in reverse order: the adjoint in x
   int staged_stride;   // elements from image to image where output is put together in shared memory
-  int staged_vector;   // elements per store from there: 4, 2 or 1
 };
 
 struct WeightParams : Geometry {

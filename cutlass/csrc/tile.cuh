@@ -99,9 +99,9 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
 }
 
 // A rectangle of planes: rows [first_row, first_row + rows) and columns [first_column, first_column + 8 * Blocks) of
-// `images` planes of one channel from `first_image` on.
+// `images` planes of one channel from `first_image` on, of which those from `end_image` on are zero.
 struct Rectangle {
-  int64_t first_image;
+  int64_t first_image, end_image;
   int images, channel;
   int first_row, rows, first_column;
 };
@@ -117,7 +117,7 @@ __device__ __forceinline__ void copy_pieces(uint32_t to, const uint16_t* from, c
   const int slots = max(1, threads / pieces);  // images that are copied beside each other
   const int64_t plane = static_cast<int64_t>(g.height) * g.width;
   const int64_t step = plane * g.channels * slots;
-  const int there = static_cast<int>(min(static_cast<int64_t>(r.images), g.images - r.first_image));
+  const int there = static_cast<int>(min(static_cast<int64_t>(r.images), r.end_image - r.first_image));
   for (int piece = slots > 1 ? thread % pieces : thread; piece < pieces; piece += threads) {
     const int row = piece / kPerRow, x = r.first_column + piece % kPerRow * Vector;
     int image = slots > 1 ? thread / pieces : 0;

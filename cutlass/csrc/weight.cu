@@ -50,7 +50,10 @@ bool plan(WeightParams& p) {
       break;
     }
   }
-  p.splits = static_cast<int>(std::min(wanted, cdiv(groups_in_all, int64_t{p.groups})));
+  // Equally many for every CTA, and equally many at a time.
+  const int64_t per_cta = cdiv(groups_in_all, wanted);
+  p.groups = static_cast<int>(cdiv(per_cta, cdiv(per_cta, int64_t{p.groups})));
+  p.splits = static_cast<int>(cdiv(groups_in_all, per_cta));
   return true;
 }
 
@@ -82,10 +85,10 @@ template <typename F>
 auto with_shape(const WeightParams& p, F f) {
   const int reach = (p.kernel_width / 2 + 7) / 8;
   if (p.width <= 8) {
-    return f(WeightShape<1, 0, false, 4, 2>{});
+    return f(WeightShape<1, 0, false, 4, 3>{});
   }
   if (p.width <= 16) {
-    return f(WeightShape<2, 1, false, 4, 2>{});
+    return f(WeightShape<2, 1, false, 4, 3>{});
   }
   if (p.width <= 32 && reach <= 2) {
     return f(WeightShape<4, 2, false, 4, 2>{});

@@ -72,13 +72,13 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm) weight_
   }
 
   // While one tile is worked on, the next one is copied.
-  const int64_t step = static_cast<int64_t>(images_per_cta) * p.splits;
-  const int64_t begin = static_cast<int64_t>(split) * images_per_cta;
+  const int64_t share = cdiv(cdiv(p.images, int64_t{1} << p.group_log2), int64_t{p.splits}) << p.group_log2;
+  const int64_t begin = split * share, end = min(p.images, begin + share);
   const int tile_bytes = images_per_cta * (p.image_stride + p.dy_image_stride);
   const auto copy = [&](int64_t first_image, int which) {
-    if (first_image < p.images) {
-      const Rectangle of_x{first_image, images_per_cta, channel, load_first, loaded, first_column - 8 * kShift};
-      const Rectangle of_grad{first_image, images_per_cta, channel, first_row, rows, first_column};
+    if (first_image < end) {
+      const Rectangle of_x{first_image, end, images_per_cta, channel, load_first, loaded, first_column - 8 * kShift};
+      const Rectangle of_grad{first_image, end, images_per_cta, channel, first_row, rows, first_column};
       copy_rectangle<kBlocks>(x_at + which * tile_bytes, p.x, p, of_x, p.pitch, p.image_stride, thread, threads);
       copy_rectangle<kColumns>(grad_at + which * tile_bytes, p.grad, p, of_grad, p.dy_pitch, p.dy_image_stride, thread, threads);
     }
@@ -86,8 +86,8 @@ __global__ void __launch_bounds__(Shape::kMaxThreads, Shape::kCtasPerSm) weight_
   };
   copy(begin, 0);
   int which = 0;
-  for (int64_t first_image = begin; first_image < p.images; first_image += step, which ^= 1) {
-    copy(first_image + step, which ^ 1);
+  for (int64_t first_image = begin; first_image < end; first_image += images_per_cta, which ^= 1) {
+    copy(first_image + images_per_cta, which ^ 1);
     wait_for_earlier_copies();
     __syncthreads();
     const uint32_t grad_tile = grad_at + which * tile_bytes, x_tile = x_at + which * tile_bytes;
