@@ -10,12 +10,11 @@ namespace {
 
 template <Scalar S, typename Shape>
 std::string launch(ForwardParams p, cudaStream_t stream) {
-  constexpr int kTiles = Shape::kStream ? 2 : 1;
   const auto tile_bytes = [&] {
     const int64_t staged = Shape::kStaged ? p.staged_stride * 2 : 0;
     return (int64_t{p.groups} << p.group_log2) * (p.image_stride + staged) + Shape::table_bytes(p.kernel_height);
   };
-  const auto memory = [&] { return Shape::kZeroBytes + kTiles * tile_bytes(); };
+  const auto memory = [&] { return Shape::kZeroBytes + Shape::kTiles * tile_bytes(); };
   p.column_tiles = cdiv(p.width, 8 * Shape::kColumns);
   // The driver keeps 1 KB per CTA for itself.
   const int64_t budget = shared_memory_per_sm() / Shape::kCtasPerSm - 1024 - 128;
@@ -50,7 +49,7 @@ std::string launch(ForwardParams p, cudaStream_t stream) {
   }
   const int bytes = static_cast<int>(memory()), threads = Shape::kWarps * 32;
   cudaError_t error;
-  if constexpr (Shape::kStream) {
+  if constexpr (Shape::kTiles > 1) {
     const auto kernel = forward_stream_kernel<S, Shape>;
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error == cudaSuccess) {
@@ -74,21 +73,21 @@ std::string choose(const ForwardParams& p, cudaStream_t stream) {
   // Blocks of 8 columns that a kernel reaches beyond its own.
   const int reach = (p.kernel_width / 2 + 7) / 8;
   if (p.width <= 8) {
-    return launch<S, ForwardShape<1, 0, false, 7, 4, 6, false, true>>(p, stream);
+    return launch<S, ForwardShape<1, 0, false, 7, 4, 6, 1, true>>(p, stream);
   }
   if (p.width <= 16) {
-    return launch<S, ForwardShape<2, 1, false, 7, 4, 3, false, true>>(p, stream);
+    return launch<S, ForwardShape<2, 1, false, 7, 4, 3, 1, true>>(p, stream);
   }
   if (p.width <= 32 && reach <= 2) {
-    return launch<S, ForwardShape<4, 2, false, 4, 16, 1, true, false>>(p, stream);
+    return launch<S, ForwardShape<4, 2, false, 4, 16, 1, 3, false>>(p, stream);
   }
   if (p.width <= 56 && reach <= 2) {
-    return launch<S, ForwardShape<7, 2, false, 2, 16, 1, true, false>>(p, stream);
+    return launch<S, ForwardShape<7, 2, false, 2, 16, 1, 2, false>>(p, stream);
   }
   if (reach <= 2) {
-    return launch<S, ForwardShape<4, 2, true, 2, 16, 1, true, false>>(p, stream);
+    return launch<S, ForwardShape<4, 2, true, 2, 16, 1, 2, false>>(p, stream);
   }
-  return launch<S, ForwardShape<4, 4, true, 2, 16, 1, true, false>>(p, stream);
+  return launch<S, ForwardShape<4, 4, true, 2, 16, 1, 2, false>>(p, stream);
 }
 
 }  // namespace

@@ -10,19 +10,20 @@
 namespace smpconv {
 
 // Columns: 8-column blocks of output; Reach: blocks to either side that the kernel reaches; Halo: whether the map goes
-// on beyond the tile; Rows: output rows per warp; Stream: whether a CTA goes through many items;
+// on beyond the tile; Rows: output rows per warp; Tiles: items in shared memory at a time, of which a CTA goes through many, if there are more
+// than one;
 // Staged: whether output is put together in shared memory, as rows that are too short to be written one by one are.
-template <int Columns, int Reach, bool Halo, int Rows, int Warps, int CtasPerSm, bool Stream, bool Staged>
+template <int Columns, int Reach, bool Halo, int Rows, int Warps, int CtasPerSm, int Tiles, bool Staged>
 struct ForwardShape {
   static constexpr int kColumns = Columns, kReach = Reach, kRows = Rows, kWarps = Warps;
-  static constexpr int kCtasPerSm = CtasPerSm;
-  static constexpr bool kHalo = Halo, kStream = Stream, kStaged = Staged;
+  static constexpr int kCtasPerSm = CtasPerSm, kTiles = Tiles;
+  static constexpr bool kHalo = Halo, kStaged = Staged;
   static constexpr int kBlocks = Halo ? Columns + 2 * Reach : Columns;  // of input
   static constexpr int kDistances = 2 * Reach + 1;
   // Words of a kernel row in one of the two copies in shared memory, plus 8 where both would meet in the same banks.
   static constexpr int kTapRow = 8 * Reach + 8 + 8 * (Reach % 2);
   static constexpr int kZeroBytes = kBlocks * 16;
-  static constexpr int kTasks = Stream ? 14 : 2 * Warps;  // per item, at least
+  static constexpr int kTasks = Tiles > 1 ? 14 : 2 * Warps;  // per item, at least
   static_assert(Halo || Reach < Columns || Columns == 1, "blocks further away than the map is wide");
 
   static __host__ __device__ int table_rows(int kernel_height) { return kernel_height + 2 * Rows; }
@@ -45,10 +46,36 @@ __device__ __forceinline__ int take_task(int* next, int lane) {
 }
 
 // What was counted before; orders what the caller did before it, and what it does after.
-__device__ __forceinline__ int count_up(int* counter) {
+__device__ __forceinline__ int count_up(int* counter, int by) {
   int before = 0;
-  asm volatile("atom.acq_rel.cta.shared.add.s32 %0, [%1], 1;" : "=r"(before) : "r"(shared_address(counter)) : "memory");
+  asm volatile("atom.acq_rel.cta.shared.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "r"(shared_address(counter)), "r"(by)
+               : "memory");
   return before;
+}
+
+// The next part to copy, or -1 where none is open.
+__device__ __forceinline__ int take_part(int* next, const int* open, int lane) {
+  int part = -1;
+  if (lane == 0) {
+    int seen = 0, end = 0;
+    asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(end) : "r"(shared_address(open)) : "memory");
+    asm volatile("ld.relaxed.cta.shared.s32 %0, [%1];" : "=r"(seen) : "r"(shared_address(next)) : "memory");
+    while (seen < end) {
+      int found = 0;
+      asm volatile("atom.relaxed.cta.shared.cas.b32 %0, [%1], %2, %3;"
+                   : "=r"(found)
+                   : "r"(shared_address(next)), "r"(seen), "r"(seen + 1)
+                   : "memory");
+      if (found == seen) {
+        part = seen;
+        break;
+      }
+      seen = found;
+    }
+  }
+  return __shfl_sync(0xffffffff, part, 0);
 }
 
 template <typename Shape>
@@ -66,7 +93,7 @@ struct Item {
   int first_row, end_row, first_column;
   int load_first, load_end;
   int row_blocks;
-  uint16_t* y;  // of the first image, first row and column of the map
+  int64_t y;  // elements from the start of y to the first image, at the first row and column of the map
 
   Item() = default;
   __device__ __forceinline__ Item(const ForwardParams& p, uint32_t number) {
@@ -83,7 +110,7 @@ struct Item {
     load_end = min(p.height, end_row + p.kernel_height / 2);
     images = static_cast<int>(min(static_cast<int64_t>(p.groups << p.group_log2), p.images - first_image));
     row_blocks = rows_to_blocks<Shape>(p, end_row - first_row);
-    y = static_cast<uint16_t*>(p.y) + (first_image * p.channels + channel) * (int64_t{p.height} * p.width);
+    y = (first_image * p.channels + channel) * (int64_t{p.height} * p.width);
   }
 
   __device__ __forceinline__ Rectangle rectangle(const ForwardParams& p) const {
@@ -233,7 +260,8 @@ __device__ __forceinline__ void convolve_rows(const ForwardParams& p, const Item
     }
     return;
   }
-  const bool whole = p.vector > 1 && item.first_column + 8 * kColumns <= p.width;
+  // Pairs of columns end where the map ends, unless its width is odd.
+  const bool pairs = p.vector > 1;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int tile_row = quad + 8 * half;
@@ -242,17 +270,24 @@ __device__ __forceinline__ void convolve_rows(const ForwardParams& p, const Item
       continue;
     }
     const int h = h0 + (tile_row >> p.group_log2) * kRows, w = item.first_column + 2 * pair;
-    uint16_t* place = item.y + image_in_item * (p.channels * (int64_t{p.height} * p.width)) + static_cast<int64_t>(h) * p.width + w;
+    uint16_t* place = static_cast<uint16_t*>(p.y) + item.y + image_in_item * (p.channels * (int64_t{p.height} * p.width)) + static_cast<int64_t>(h) * p.width + w;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       if (h + i < item.end_row) {
+        if (pairs) {
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          const uint32_t two = pack<S>(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
-          if (whole || (p.vector > 1 && w + 8 * j < p.width)) {
-            *reinterpret_cast<uint32_t*>(place + 8 * j) = two;
-          } else if (w + 8 * j < p.width) {
-            place[8 * j] = static_cast<uint16_t>(two);
+          for (int j = 0; j < kColumns; ++j) {
+            if (w + 8 * j < p.width) {
+              *reinterpret_cast<uint32_t*>(place + 8 * j) = pack<S>(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+            }
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < kColumns; ++j) {
+            const uint32_t two = pack<S>(sums[i][j][2 * half], sums[i][j][2 * half + 1]);
+            if (w + 8 * j < p.width) {
+              place[8 * j] = static_cast<uint16_t>(two);
+            }
             if (w + 8 * j + 1 < p.width) {
               place[8 * j + 1] = static_cast<uint16_t>(two >> 16);
             }
@@ -279,7 +314,7 @@ __device__ __forceinline__ void write_staged(const ForwardParams& p, const Item<
     }
     const int row = piece / per_row;
     const uint16_t* from = staged + image * p.staged_stride + row * (8 * Shape::kColumns) + (piece - row * per_row) * kVector;
-    uint16_t* to = item.y + image * (int64_t{p.height} * p.width * p.channels) + static_cast<int64_t>(item.first_row) * p.width +
+    uint16_t* to = static_cast<uint16_t*>(p.y) + item.y + image * (int64_t{p.height} * p.width * p.channels) + static_cast<int64_t>(item.first_row) * p.width +
                    piece * kVector;
 #pragma unroll 8
     for (; image < item.images; image += slots) {
@@ -329,86 +364,78 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kCtasPerSm) forward
   }
 }
 
-// Many items per CTA, of which two are in shared memory: while warps work on one, the other is being copied. Warps take
-// tasks one by one across the border of two items and never wait for each other: the warp that ends the last task of
-// an item starts the copy of the item after the next into its place.
+// Many items per CTA, of which some are in shared memory: while warps work on one, others are being copied. Warps take
+// tasks one by one across the border of two items and never wait for each other: when the last task of an item has
+// ended, its place is free for another one, whose copy is cut into parts that warps take like tasks, first.
 template <Scalar S, typename Shape>
-__global__ void __launch_bounds__(Shape::kWarps * 32, 1) forward_stream_kernel(const ForwardParams p, uint32_t items, int tile_bytes) {
-  constexpr int kThreads = Shape::kWarps * 32;
+__global__ void __launch_bounds__(Shape::kWarps * 32, 1)
+    forward_stream_kernel(const ForwardParams p, uint32_t items, int tile_bytes) {
+  constexpr int kThreads = Shape::kWarps * 32, kParts = 8, kTiles = Shape::kTiles;
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ int next_task, ended[2];
-  __shared__ Item<Shape> item_at[2];
-  __shared__ uint64_t full[2];
-  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
+  __shared__ int next_task, ended[kTiles], next_part[kTiles], open_parts[kTiles];
+  __shared__ Item<Shape> item_at[kTiles];
+  __shared__ uint64_t full[kTiles];
+  const int thread = threadIdx.x, lane = thread & 31;
   const uint32_t zeros = shared_address(memory);
   const int image_bytes = (p.groups << p.group_log2) * p.image_stride;
   const auto tile_at = [&](int which) { return memory + Shape::kZeroBytes + which * tile_bytes; };
   const auto table_at = [&](int which) { return reinterpret_cast<uint16_t*>(tile_at(which) + image_bytes); };
-  const auto copy = [&](uint32_t number, int which, int one, int all) {
-    const Item<Shape> item(p, number);
-    copy_rectangle<Shape::kBlocks>(shared_address(tile_at(which)), p.x, p, item.rectangle(p), p.pitch, p.image_stride, one, all);
-    write_table<Shape, 8>(table_at(which), p, item.channel, one, all);
-    if (one == 0) {
-      item_at[which] = item;
-    }
-  };
   clear<kThreads>(memory, Shape::kZeroBytes, thread);
-  clear<kThreads>(table_at(0), Shape::table_bytes(p.kernel_height), thread);
-  clear<kThreads>(table_at(1), Shape::table_bytes(p.kernel_height), thread);
-  if (thread == 0) {
-    next_task = ended[0] = ended[1] = 0;
-    barrier_init(shared_address(&full[0]), 64);
-    barrier_init(shared_address(&full[1]), 64);
+  for (int which = 0; which < kTiles; ++which) {
+    clear<kThreads>(table_at(which), Shape::table_bytes(p.kernel_height), thread);
+  }
+  if (thread < kTiles) {
+    next_task = ended[thread] = next_part[thread] = 0;
+    open_parts[thread] = blockIdx.x + thread * gridDim.x < items ? kParts : 0;
+    barrier_init(shared_address(&full[thread]), 64 * kParts);
   }
   __syncthreads();
-  // The first item is copied by all; then one warp each.
-  copy(blockIdx.x, 0, thread, kThreads);
-  wait_for_copies();
-  __syncthreads();
-  if (warp == 0) {
-    barrier_arrive(shared_address(&full[0]));
-    barrier_arrive(shared_address(&full[0]));
-  }
-  const auto start_copy = [&](uint32_t number, int which) {
-    copy(number, which, lane, 32);
-    barrier_arrive_after_copies(shared_address(&full[which]));
-    barrier_arrive(shared_address(&full[which]));
-  };
-  if (warp == 1 && blockIdx.x + gridDim.x < items) {
-    start_copy(blockIdx.x + gridDim.x, 1);
-  }
   // Tiles at the lower border can have fewer rows; a task without rows ends at once.
   const int tasks = rows_to_blocks<Shape>(p, p.tile_rows) * p.groups;
-  int turn = 0, before = 0;
+  int which = 0, parity = 0, before = 0;
   uint32_t number = blockIdx.x;
   while (true) {
+    for (int tile = 0; tile < kTiles;) {
+      const int part = take_part(&next_part[tile], &open_parts[tile], lane);
+      if (part < 0) {
+        ++tile;
+        continue;
+      }
+      const Item<Shape> item(p, blockIdx.x + gridDim.x * (tile + kTiles * (part / kParts)));
+      const int one = part % kParts * 32 + lane;
+      copy_rectangle<Shape::kBlocks>(shared_address(tile_at(tile)), p.x, p, item.rectangle(p), p.pitch, p.image_stride, one,
+                                     32 * kParts);
+      write_table<Shape, 4>(table_at(tile), p, item.channel, one, 32 * kParts);
+      if (one == 0) {
+        item_at[tile] = item;
+      }
+      barrier_arrive_after_copies(shared_address(&full[tile]));
+      barrier_arrive(shared_address(&full[tile]));
+    }
     int task = take_task(&next_task, lane) - before;
     while (task >= tasks) {
       task -= tasks;
       before += tasks;
       number += gridDim.x;
-      ++turn;
+      if (++which == kTiles) {
+        which = 0;
+        parity ^= 1;
+      }
     }
     if (number >= items) {
       break;
     }
-    const int which = turn & 1;
-    barrier_wait(shared_address(&full[which]), (turn >> 1) & 1);
+    barrier_wait(shared_address(&full[which]), parity);
     const Item<Shape>& item = item_at[which];
     if (task < item.row_blocks * p.groups) {
       convolve_rows<S, Shape>(p, item, task, zeros, shared_address(tile_at(which)), table_at(which), nullptr, lane);
     }
     __syncwarp();
-    int last = 0;
-    if (lane == 0) {
-      last = count_up(&ended[which]) == tasks - 1;
-      if (last) {
-        ended[which] = 0;
+    if (lane == 0 && count_up(&ended[which], 1) == tasks - 1) {
+      ended[which] = 0;
+      if (number + kTiles * gridDim.x < items) {
+        count_up(&open_parts[which], kParts);
       }
-    }
-    last = __shfl_sync(0xffffffff, last, 0);
-    if (last && number + 2 * gridDim.x < items) {
-      start_copy(number + 2 * gridDim.x, which);
     }
   }
 }
