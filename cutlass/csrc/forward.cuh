@@ -45,39 +45,6 @@ __device__ __forceinline__ int take_task(int* next, int lane) {
   return __shfl_sync(0xffffffff, task, 0);
 }
 
-// What was counted before; orders what the caller did before it, and what it does after.
-__device__ __forceinline__ int count_up(int* counter, int by) {
-  int before = 0;
-  asm volatile("atom.acq_rel.cta.shared.add.s32 %0, [%1], %2;"
-               : "=r"(before)
-               : "r"(shared_address(counter)), "r"(by)
-               : "memory");
-  return before;
-}
-
-// The next part to copy, or -1 where none is open.
-__device__ __forceinline__ int take_part(int* next, const int* open, int lane) {
-  int part = -1;
-  if (lane == 0) {
-    int seen = 0, end = 0;
-    asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(end) : "r"(shared_address(open)) : "memory");
-    asm volatile("ld.relaxed.cta.shared.s32 %0, [%1];" : "=r"(seen) : "r"(shared_address(next)) : "memory");
-    while (seen < end) {
-      int found = 0;
-      asm volatile("atom.relaxed.cta.shared.cas.b32 %0, [%1], %2, %3;"
-                   : "=r"(found)
-                   : "r"(shared_address(next)), "r"(seen), "r"(seen + 1)
-                   : "memory");
-      if (found == seen) {
-        part = seen;
-        break;
-      }
-      seen = found;
-    }
-  }
-  return __shfl_sync(0xffffffff, part, 0);
-}
-
 template <typename Shape>
 __host__ __device__ __forceinline__ int rows_to_blocks(const ForwardParams& p, int rows) {
   const int together = Shape::kRows * (16 >> p.group_log2);
@@ -372,9 +339,9 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, 1)
     forward_stream_kernel(const ForwardParams p, uint32_t items, int tile_bytes) {
   constexpr int kThreads = Shape::kWarps * 32, kParts = 8, kTiles = Shape::kTiles;
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ int next_task, ended[kTiles], next_part[kTiles], open_parts[kTiles];
+  __shared__ int next_task, next_part[kTiles];
   __shared__ Item<Shape> item_at[kTiles];
-  __shared__ uint64_t full[kTiles];
+  __shared__ uint64_t full[kTiles], empty[kTiles];
   const int thread = threadIdx.x, lane = thread & 31;
   const uint32_t zeros = shared_address(memory);
   const int image_bytes = (p.groups << p.group_log2) * p.image_stride;
@@ -384,19 +351,30 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, 1)
   for (int which = 0; which < kTiles; ++which) {
     clear<kThreads>(table_at(which), Shape::table_bytes(p.kernel_height), thread);
   }
-  if (thread < kTiles) {
-    next_task = ended[thread] = next_part[thread] = 0;
-    open_parts[thread] = blockIdx.x + thread * gridDim.x < items ? kParts : 0;
-    barrier_init(shared_address(&full[thread]), 64 * kParts);
-  }
-  __syncthreads();
   // Tiles at the lower border can have fewer rows; a task without rows ends at once.
   const int tasks = rows_to_blocks<Shape>(p, p.tile_rows) * p.groups;
+  if (thread < kTiles) {
+    next_task = next_part[thread] = 0;
+    barrier_init(shared_address(&full[thread]), 64 * kParts);
+    barrier_init(shared_address(&empty[thread]), tasks);
+  }
+  __syncthreads();
   int which = 0, parity = 0, before = 0;
   uint32_t number = blockIdx.x;
   while (true) {
     for (int tile = 0; tile < kTiles;) {
-      const int part = take_part(&next_part[tile], &open_parts[tile], lane);
+      int part = -1;
+      if (lane == 0) {
+        // Where a tile is not empty yet, the part that was seen is still the next one when it is.
+        volatile int* next = &next_part[tile];
+        const int seen = *next, round = seen / kParts;
+        if (blockIdx.x + gridDim.x * (tile + kTiles * round) < items &&
+            (round == 0 || barrier_passed(shared_address(&empty[tile]), (round - 1) & 1)) &&
+            atomicCAS(&next_part[tile], seen, seen + 1) == seen) {
+          part = seen;
+        }
+      }
+      part = __shfl_sync(0xffffffff, part, 0);
       if (part < 0) {
         ++tile;
         continue;
@@ -431,11 +409,8 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, 1)
       convolve_rows<S, Shape>(p, item, task, zeros, shared_address(tile_at(which)), table_at(which), nullptr, lane);
     }
     __syncwarp();
-    if (lane == 0 && count_up(&ended[which], 1) == tasks - 1) {
-      ended[which] = 0;
-      if (number + kTiles * gridDim.x < items) {
-        count_up(&open_parts[which], kParts);
-      }
+    if (lane == 0) {
+      barrier_arrive(shared_address(&empty[which]));
     }
   }
 }
