@@ -41,8 +41,8 @@ ORDER = (
 # nothing: it holds what its kernels share.
 ORDER_WITHIN = {
     "gpu": (("__init__",), ("fourier", "norm", "render", "short", "streams")),
-    "ops": (("reference", "fft", "norm", "short"), ("dispatch",), ("pair",), ("__init__",)),
-    "benchmarks": (("measure",), ("sequence", "synthesis"), ("__init__",)),
+    "ops": (("reference", "cuda", "fft", "norm", "short"), ("dispatch",), ("pair",), ("__init__",)),
+    "benchmarks": (("measure",), ("operator", "sequence", "synthesis"), ("__init__",)),
     "pretrained": (
         ("cards", "errors"),
         ("remap", "signing", "structure"),

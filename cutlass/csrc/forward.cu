@@ -92,6 +92,11 @@ std::string choose(const ForwardParams& p, cudaStream_t stream) {
 
 }  // namespace
 
+std::string use_device(int device) {
+  const cudaError_t error = cudaSetDevice(device);
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
 std::string launch_forward(Scalar scalar, ForwardParams p, cudaStream_t stream) {
   return scalar == Scalar::bfloat16 ? choose<Scalar::bfloat16>(p, stream) : choose<Scalar::float16>(p, stream);
 }

@@ -8,6 +8,9 @@
 
 namespace smpconv {
 
+// The runtime in this binary is not that of PyTorch: it is told the device, too.
+std::string use_device(int device);
+
 // Sizes and pointers of `p` are set; geometry is chosen here.
 std::string launch_forward(Scalar scalar, ForwardParams p, cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// The library operators. Through LibTorch's stable ABI: one binary serves every PyTorch from 2.10 on.
+// The library operators on CUDA. Through LibTorch's stable ABI: one binary serves every PyTorch from 2.10 on.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -27,9 +27,20 @@ void check_same(const Tensor& a, const Tensor& b) {
   STD_TORCH_CHECK(a.is_cuda() && b.is_cuda() && a.get_device_index() == b.get_device_index(),
                   "both tensors have to be on one CUDA device");
   STD_TORCH_CHECK(a.scalar_type() == b.scalar_type(), "both tensors have to be of one dtype");
-  STD_TORCH_CHECK(a.is_contiguous() && b.is_contiguous(), "both tensors have to be contiguous");
   STD_TORCH_CHECK(a.dim() == 4 && b.dim() == 4, "both tensors have to have four axes");
 }
+
+// The device of a tensor is the current one for both runtimes until the guard ends.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+    const std::string error = use_device(tensor.get_device_index());
+    STD_TORCH_CHECK(error.empty(), "depthwise convolution: ", error.c_str());
+  }
+
+ private:
+  const torch::stable::accelerator::DeviceGuard guard_;
+};
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
@@ -68,8 +79,10 @@ void set_sizes(Geometry& g, const Tensor& x, int64_t kernel_height, int64_t kern
                   "kernel sizes have to be odd and at most 63");
 }
 
-Tensor convolve(const Tensor& x, const Tensor& weight, bool flip) {
-  check_same(x, weight);
+Tensor convolve(const Tensor& given_x, const Tensor& given_weight, bool flip) {
+  check_same(given_x, given_weight);
+  const OnDeviceOf guard(given_x);
+  const Tensor x = torch::stable::contiguous(given_x), weight = torch::stable::contiguous(given_weight);
   STD_TORCH_CHECK(weight.size(0) == x.size(1) && weight.size(1) == 1, "weight has to be (C, 1, Kh, Kw)");
   ForwardParams p{};
   set_sizes(p, x, weight.size(2), weight.size(3));
@@ -77,7 +90,6 @@ Tensor convolve(const Tensor& x, const Tensor& weight, bool flip) {
   if (x.numel() == 0) {
     return y;
   }
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   p.x = x.const_data_ptr();
   p.weight = weight.const_data_ptr();
   p.y = y.mutable_data_ptr();
@@ -92,8 +104,11 @@ Tensor depthwise_conv2d_forward(const Tensor& x, const Tensor& weight) { return 
 
 Tensor depthwise_conv2d_input(const Tensor& grad, const Tensor& weight) { return convolve(grad, weight, true); }
 
-Tensor depthwise_conv2d_weight(const Tensor& grad, const Tensor& x, int64_t kernel_height, int64_t kernel_width) {
-  check_same(grad, x);
+Tensor depthwise_conv2d_weight(const Tensor& given_grad, const Tensor& given_x, int64_t kernel_height,
+                               int64_t kernel_width) {
+  check_same(given_grad, given_x);
+  const OnDeviceOf guard(given_x);
+  const Tensor grad = torch::stable::contiguous(given_grad), x = torch::stable::contiguous(given_x);
   for (int64_t dim = 0; dim < 4; ++dim) {
     STD_TORCH_CHECK(grad.size(dim) == x.size(dim), "the gradient has to have the shape of x");
   }
@@ -104,7 +119,6 @@ Tensor depthwise_conv2d_weight(const Tensor& grad, const Tensor& x, int64_t kern
     torch::stable::zero_(out);
     return out;
   }
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const int64_t parts = weight_parts(p);
   STD_TORCH_CHECK(parts > 0, "depthwise convolution: the kernel and its rows of the map need too much shared memory");
   Tensor partial = torch::stable::new_empty(x, {parts, x.size(1), kernel_height, kernel_width}, ScalarType::Float);
@@ -120,12 +134,7 @@ Tensor depthwise_conv2d_weight(const Tensor& grad, const Tensor& x, int64_t kern
 }  // namespace
 }  // namespace smpconv
 
-STABLE_TORCH_LIBRARY(smpconv, m) {
-  m.def("depthwise_conv2d_forward(Tensor x, Tensor weight) -> Tensor");
-  m.def("depthwise_conv2d_input(Tensor grad, Tensor weight) -> Tensor");
-  m.def("depthwise_conv2d_weight(Tensor grad, Tensor x, int kernel_height, int kernel_width) -> Tensor");
-}
-
+// Schemas, shapes and derivatives are registered from Python, which needs them without this binary, too.
 STABLE_TORCH_LIBRARY_IMPL(smpconv, CUDA, m) {
   m.impl("depthwise_conv2d_forward", TORCH_BOX(&smpconv::depthwise_conv2d_forward));
   m.impl("depthwise_conv2d_input", TORCH_BOX(&smpconv::depthwise_conv2d_input));

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from smpconv_zoo.ops.cuda import can_run_cuda, cuda_convolve
 from smpconv_zoo.ops.fft import can_fold, fft_convolve, good_fft_size
 from smpconv_zoo.ops.reference import causal_conv1d_reference, conv2d_reference, depthwise_conv2d_reference
 from smpconv_zoo.ops.short import can_run_short, short_convolve
@@ -28,7 +29,7 @@ __all__ = [
     "why_not",
 ]
 
-BACKENDS = ("fft", "short", "reference")
+BACKENDS = ("cuda", "fft", "short", "reference")
 
 # Thresholds of `auto`, read off eval/results/convolution_*.txt (eval/bench_convolution.py). On CPU, oneDNN has fast
 # depthwise kernels up to 14 taps wide and falls 20-fold beyond; their gradients are slow from about 13. On CUDA and
@@ -37,6 +38,9 @@ BACKENDS = ("fft", "short", "reference")
 _CPU_DEPTHWISE_TAPS = 15
 _CPU_DEPTHWISE_TAPS_TRAINING = 13
 _POINT_COST_DEPTHWISE = {"cuda": 8}
+# Taps from which the compiled CUDA kernels are taken: those of the networks have 13 and more, and PyTorch's own kernels
+# for 3 and 5 were not timed against them.
+_CUDA_DEPTHWISE_TAPS = 7
 _POINT_COST_DENSE = {"cpu": 25, "cuda": 100}
 # Taps of a dense kernel from which an NVIDIA GPU folds (:mod:`smpconv_zoo.gpu.fourier`). The networks' kernels, of 161
 # taps and more, are far above, those of `short` below; where between them cuDNN is overtaken was not timed.
@@ -79,7 +83,10 @@ def _depthwise_conv2d(x: Tensor, weight: Tensor, backend: str) -> Tensor:
         )
     x, weight, _ = _autocast(x, weight, None)
     weight = reachable_same(weight, x.shape[2:])
-    if _choose(x, weight, backend, depthwise=True) == "fft":
+    chosen = _choose(x, weight, backend, depthwise=True)
+    if chosen == "cuda":
+        return cuda_convolve(x, weight)
+    if chosen == "fft":
         return fft_convolve(x, weight, _centre(weight))
     return depthwise_conv2d_reference(x, weight)
 
@@ -172,7 +179,7 @@ def why_not(x: Tensor, weight: Tensor) -> dict[str, str | None]:
 
 
 def _can_run() -> dict[str, Callable[[Tensor, Tensor], str | None]]:
-    return {"fft": can_run_fft, "short": can_run_short, "reference": lambda x, weight: None}
+    return {"cuda": can_run_cuda, "fft": can_run_fft, "short": can_run_short, "reference": lambda x, weight: None}
 
 
 def can_run_fft(x: Tensor, weight: Tensor) -> str | None:
@@ -190,11 +197,15 @@ def _choose(x: Tensor, weight: Tensor, backend: str, depthwise: bool) -> str:
     if backend == "auto":
         if not depthwise and can_run_short(x, weight) is None:
             return "short"
+        if depthwise and max(weight.shape[2:]) >= _CUDA_DEPTHWISE_TAPS and can_run_cuda(x, weight) is None:
+            return "cuda"
         return "fft" if can_run_fft(x, weight) is None and _fft_pays(x, weight, depthwise) else "reference"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; choose 'auto' or one of {BACKENDS}")
     if depthwise and backend == "short":
         raise ValueError("backend 'short' cannot run: the kernel for few taps is for dense convolutions")
+    if not depthwise and backend == "cuda":
+        raise ValueError("backend 'cuda' cannot run: its kernels are for depthwise convolutions")
     reason = _can_run()[backend](x, weight)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
