@@ -1,8 +1,8 @@
 """What pyproject.toml cannot say: whether and how the binary of the CUDA operator is built.
 
-``SMPCONV_BUILD_CUDA=auto`` (or not set) builds it into wheels where a CUDA compiler and PyTorch's headers are found, and
-goes on without it where they are not. An editable install builds it with ``SMPCONV_BUILD_CUDA=1`` only, into the source
-tree: it takes a minute, and every install would repeat it.
+``SMPCONV_BUILD_CUDA=auto`` (or not set) builds it into wheels where a CUDA compiler and PyTorch's headers are found,
+and goes on without it where they are not. An editable install builds it with ``SMPCONV_BUILD_CUDA=1`` only, into the
+source tree: it takes half a minute, and every install would repeat it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Builds the binary of the CUDA operator. Used by both setup.py files and by the tests; needs no GPU and imports no torch.
+"""Builds the binary of the CUDA operator.
+Used by setup.py and by the tests; needs no GPU and imports no torch.
 
     python cutlass/build_cuda.py OUTPUT.so
 

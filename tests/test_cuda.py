@@ -83,7 +83,7 @@ def test_where_the_kernels_cannot_run_they_say_why() -> None:
     x, weight, _ = inputs(torch.bfloat16)
     assert "x is on cpu" in str(cuda.can_run_cuda(x, weight))
     assert ops.why_not(x, weight)["cuda"] == cuda.can_run_cuda(x, weight)
-    with pytest.raises(ValueError, match="backend 'cuda' cannot run: .* x is on cpu"):
+    with pytest.raises(ValueError, match=r"backend 'cuda' cannot run: .* x is on cpu"):
         ops.depthwise_conv2d(x, weight, backend="cuda")
     with pytest.raises(ValueError, match="its kernels are for depthwise convolutions"):
         ops.conv2d(x, torch.zeros(4, 3, 3, 3, dtype=torch.bfloat16), backend="cuda")

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_why_not()), reason=_why_
 
 OPERATORS = torch.ops.smpconv
 DTYPES = (torch.bfloat16, torch.float16)
-# (N, C, H, W, Kh, Kw)
+# Batch, channels, height and width of the map, height and width of the kernel.
 SHAPES = [
     # The stages of SMPConvNet, full batches of 16 images and others.
     (16, 2, 56, 56, 31, 31),
@@ -126,7 +126,7 @@ def test_other_layouts_and_places_in_memory() -> None:
 
 def test_a_side_stream_and_a_graph() -> None:
     x, weight, grad = draw(16, 6, 28, 28, 29, 29, torch.bfloat16)
-    exact, to_x, to_weight = exactly(x, weight, grad)
+    exact, _, to_weight = exactly(x, weight, grad)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -90,7 +90,12 @@ def floor_ms(batch: int, channels: int, height: int, width: int, dtype: torch.dt
 
 
 def _measure(
-    device: torch.device, size: tuple[int, int, int, int, int], dtype_name: str, backend: str, repeats: int, rate: float | None
+    device: torch.device,
+    size: tuple[int, int, int, int, int],
+    dtype_name: str,
+    backend: str,
+    repeats: int,
+    rate: float | None,
 ) -> OperatorTime:
     batch, channels, height, width, kernel = size
     dtype = DTYPES[dtype_name]
@@ -102,17 +107,16 @@ def _measure(
     xs = [_random(batch, channels, height, width, device, dtype, layout) for _ in range(sets)]
     grads = [_random(batch, channels, height, width, device, dtype, layout) for _ in range(sets)]
     weight = torch.randn(channels, 1, kernel, kernel, device=device, dtype=dtype) / kernel
+    times: list[float | None] = [None, None, None]
     note = ""
     if not backend.startswith("native"):
         reason = why_not(xs[0], weight)[backend]
         if reason is not None:
             return OperatorTime(backend, dtype_name, *size, None, None, None, floor, reason)
     try:
-        times = [
-            _time(work, sets, device, repeats) for work in _work(backend, xs, grads, weight)
-        ]
+        times = [_time(work, sets, device, repeats) for work in _work(backend, xs, grads, weight)]
     except torch.OutOfMemoryError:
-        times, note = [None, None, None], "out of memory"
+        note = "out of memory"
     return OperatorTime(backend, dtype_name, *size, times[0], times[1], times[2], floor, note)
 
 

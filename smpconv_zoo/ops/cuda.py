@@ -164,7 +164,17 @@ def _twin(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool]) ->
     """PyTorch's own gradient of the depthwise convolution of ``x`` with ``weight``: the one of the two wanted."""
     taps = weight.shape[2:]
     gradients = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], [taps[0] // 2, taps[1] // 2], [1, 1], False, [0, 0], weight.size(0), [*wanted, False]
+        grad,
+        x,
+        weight,
+        None,
+        [1, 1],
+        [taps[0] // 2, taps[1] // 2],
+        [1, 1],
+        False,
+        [0, 0],
+        weight.size(0),
+        [*wanted, False],
     )
     result: Tensor = gradients[0 if wanted[0] else 1]
     return result.contiguous()
