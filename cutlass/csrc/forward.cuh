@@ -23,7 +23,7 @@ struct ForwardShape {
   // Words of a kernel row in one of the two copies in shared memory, plus 8 where both would meet in the same banks.
   static constexpr int kTapRow = 8 * Reach + 8 + 8 * (Reach % 2);
   static constexpr int kZeroBytes = kBlocks * 16;
-  static constexpr int kTasks = Tiles > 1 ? 14 : 2 * Warps;  // per item, at least
+  static constexpr int kTasks = Tiles > 1 ? 28 : 2 * Warps;  // per item, at least
   static_assert(Halo || Reach < Columns || Columns == 1, "blocks further away than the map is wide");
 
   static __host__ __device__ int table_rows(int kernel_height) { return kernel_height + 2 * Rows; }
@@ -43,6 +43,13 @@ __device__ __forceinline__ int take_task(int* next, int lane) {
     asm volatile("atom.relaxed.cta.shared.add.s32 %0, [%1], 1;" : "=r"(task) : "r"(shared_address(next)) : "memory");
   }
   return __shfl_sync(0xffffffff, task, 0);
+}
+
+// What was counted before; orders what the caller did before it, and what it does after.
+__device__ __forceinline__ int count_up(int* counter) {
+  int before = 0;
+  asm volatile("atom.acq_rel.cta.shared.add.s32 %0, [%1], 1;" : "=r"(before) : "r"(shared_address(counter)) : "memory");
+  return before;
 }
 
 template <typename Shape>
@@ -331,86 +338,86 @@ __global__ void __launch_bounds__(Shape::kWarps * 32, Shape::kCtasPerSm) forward
   }
 }
 
-// Many items per CTA, of which some are in shared memory: while warps work on one, others are being copied. Warps take
-// tasks one by one across the border of two items and never wait for each other: when the last task of an item has
-// ended, its place is free for another one, whose copy is cut into parts that warps take like tasks, first.
+// Many items per CTA, of which two are in shared memory: while warps work on one, the other is being copied. Warps take
+// tasks one by one across the border of two items and never wait for each other: the warp that ends the last task of
+// an item starts the copy of the item after the next into its place.
 template <Scalar S, typename Shape>
-__global__ void __launch_bounds__(Shape::kWarps * 32, 1)
-    forward_stream_kernel(const ForwardParams p, uint32_t items, int tile_bytes) {
-  constexpr int kThreads = Shape::kWarps * 32, kParts = 8, kTiles = Shape::kTiles;
+__global__ void __launch_bounds__(Shape::kWarps * 32, 1) forward_stream_kernel(const ForwardParams p, uint32_t items, int tile_bytes) {
+  constexpr int kThreads = Shape::kWarps * 32;
   extern __shared__ __align__(128) unsigned char memory[];
-  __shared__ int next_task, next_part[kTiles];
-  __shared__ Item<Shape> item_at[kTiles];
-  __shared__ uint64_t full[kTiles], empty[kTiles];
-  const int thread = threadIdx.x, lane = thread & 31;
+  __shared__ int next_task, ended[2];
+  __shared__ Item<Shape> item_at[2];
+  __shared__ uint64_t full[2];
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
   const uint32_t zeros = shared_address(memory);
   const int image_bytes = (p.groups << p.group_log2) * p.image_stride;
   const auto tile_at = [&](int which) { return memory + Shape::kZeroBytes + which * tile_bytes; };
   const auto table_at = [&](int which) { return reinterpret_cast<uint16_t*>(tile_at(which) + image_bytes); };
+  const auto copy = [&](uint32_t number, int which, int one, int all) {
+    const Item<Shape> item(p, number);
+    copy_rectangle<Shape::kBlocks>(shared_address(tile_at(which)), p.x, p, item.rectangle(p), p.pitch, p.image_stride, one, all);
+    write_table<Shape, 8>(table_at(which), p, item.channel, one, all);
+    if (one == 0) {
+      item_at[which] = item;
+    }
+  };
   clear<kThreads>(memory, Shape::kZeroBytes, thread);
-  for (int which = 0; which < kTiles; ++which) {
-    clear<kThreads>(table_at(which), Shape::table_bytes(p.kernel_height), thread);
+  clear<kThreads>(table_at(0), Shape::table_bytes(p.kernel_height), thread);
+  clear<kThreads>(table_at(1), Shape::table_bytes(p.kernel_height), thread);
+  if (thread == 0) {
+    next_task = ended[0] = ended[1] = 0;
+    barrier_init(shared_address(&full[0]), 64);
+    barrier_init(shared_address(&full[1]), 64);
+  }
+  __syncthreads();
+  // The first item is copied by all; then one warp each.
+  copy(blockIdx.x, 0, thread, kThreads);
+  wait_for_copies();
+  __syncthreads();
+  if (warp == 0) {
+    barrier_arrive(shared_address(&full[0]));
+    barrier_arrive(shared_address(&full[0]));
+  }
+  const auto start_copy = [&](uint32_t number, int which) {
+    copy(number, which, lane, 32);
+    barrier_arrive_after_copies(shared_address(&full[which]));
+    barrier_arrive(shared_address(&full[which]));
+  };
+  if (warp == 1 && blockIdx.x + gridDim.x < items) {
+    start_copy(blockIdx.x + gridDim.x, 1);
   }
   // Tiles at the lower border can have fewer rows; a task without rows ends at once.
   const int tasks = rows_to_blocks<Shape>(p, p.tile_rows) * p.groups;
-  if (thread < kTiles) {
-    next_task = next_part[thread] = 0;
-    barrier_init(shared_address(&full[thread]), 64 * kParts);
-    barrier_init(shared_address(&empty[thread]), tasks);
-  }
-  __syncthreads();
-  int which = 0, parity = 0, before = 0;
+  int turn = 0, before = 0;
   uint32_t number = blockIdx.x;
   while (true) {
-    for (int tile = 0; tile < kTiles;) {
-      int part = -1;
-      if (lane == 0) {
-        // Where a tile is not empty yet, the part that was seen is still the next one when it is.
-        volatile int* next = &next_part[tile];
-        const int seen = *next, round = seen / kParts;
-        if (blockIdx.x + gridDim.x * (tile + kTiles * round) < items &&
-            (round == 0 || barrier_passed(shared_address(&empty[tile]), (round - 1) & 1)) &&
-            atomicCAS(&next_part[tile], seen, seen + 1) == seen) {
-          part = seen;
-        }
-      }
-      part = __shfl_sync(0xffffffff, part, 0);
-      if (part < 0) {
-        ++tile;
-        continue;
-      }
-      const Item<Shape> item(p, blockIdx.x + gridDim.x * (tile + kTiles * (part / kParts)));
-      const int one = part % kParts * 32 + lane;
-      copy_rectangle<Shape::kBlocks>(shared_address(tile_at(tile)), p.x, p, item.rectangle(p), p.pitch, p.image_stride, one,
-                                     32 * kParts);
-      write_table<Shape, 4>(table_at(tile), p, item.channel, one, 32 * kParts);
-      if (one == 0) {
-        item_at[tile] = item;
-      }
-      barrier_arrive_after_copies(shared_address(&full[tile]));
-      barrier_arrive(shared_address(&full[tile]));
-    }
     int task = take_task(&next_task, lane) - before;
     while (task >= tasks) {
       task -= tasks;
       before += tasks;
       number += gridDim.x;
-      if (++which == kTiles) {
-        which = 0;
-        parity ^= 1;
-      }
+      ++turn;
     }
     if (number >= items) {
       break;
     }
-    barrier_wait(shared_address(&full[which]), parity);
+    const int which = turn & 1;
+    barrier_wait(shared_address(&full[which]), (turn >> 1) & 1);
     const Item<Shape>& item = item_at[which];
     if (task < item.row_blocks * p.groups) {
       convolve_rows<S, Shape>(p, item, task, zeros, shared_address(tile_at(which)), table_at(which), nullptr, lane);
     }
     __syncwarp();
+    int last = 0;
     if (lane == 0) {
-      barrier_arrive(shared_address(&empty[which]));
+      last = count_up(&ended[which]) == tasks - 1;
+      if (last) {
+        ended[which] = 0;
+      }
+    }
+    last = __shfl_sync(0xffffffff, last, 0);
+    if (last && number + 2 * gridDim.x < items) {
+      start_copy(number + 2 * gridDim.x, which);
     }
   }
 }
