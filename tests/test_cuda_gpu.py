@@ -160,6 +160,8 @@ def test_a_second_derivative() -> None:
         assert_close(ours, reference, "second derivative")
 
 
+# Of PyTorch 2.11's own compiler.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_compiled_in_one_graph() -> None:
     x, weight, grad = draw(4, 6, 28, 28, 29, 29, torch.bfloat16)
     x.requires_grad_()

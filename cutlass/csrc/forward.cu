@@ -79,7 +79,7 @@ std::string choose(const ForwardParams& p, cudaStream_t stream) {
     return launch<S, ForwardShape<2, 1, false, 7, 4, 3, 1, true>>(p, stream);
   }
   if (p.width <= 32 && reach <= 2) {
-    return launch<S, ForwardShape<4, 2, false, 2, 8, 3, 1, false>>(p, stream);
+    return launch<S, ForwardShape<4, 2, false, 2, 4, 6, 1, false>>(p, stream);
   }
   if (p.width <= 56 && reach <= 2) {
     return launch<S, ForwardShape<7, 2, false, 2, 16, 1, 2, false>>(p, stream);

@@ -116,7 +116,13 @@ def _measure(
         if reason is not None:
             return OperatorTime(backend, dtype_name, *size, None, None, None, floor, reason)
     try:
-        times = [_time(work, sets, device, repeats) for work in _work(backend, xs, grads, weight)]
+        # A backward pass runs on the stream of its forward pass: all of it on the one that is captured.
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            works = _work(backend, xs, grads, weight)
+        times = [_time(work, sets, device, stream, repeats) for work in works]
     except torch.OutOfMemoryError:
         note = "out of memory"
     return OperatorTime(backend, dtype_name, *size, times[0], times[1], times[2], floor, note)
@@ -151,11 +157,11 @@ def _work(backend: str, xs: list[Tensor], grads: list[Tensor], weight: Tensor) -
     return [forward, input_gradient, weight_gradient]
 
 
-def _time(work: Callable[[int], Any], sets: int, device: torch.device, repeats: int) -> float:
-    if device.type != "cuda":
+def _time(
+    work: Callable[[int], Any], sets: int, device: torch.device, stream: torch.cuda.Stream | None, repeats: int
+) -> float:
+    if stream is None:
         return median_ms(lambda: work(0), device, repeats, warm_up=1)
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         work(0)
         once = _elapsed_ms(lambda: work(min(1, sets - 1)))
@@ -166,7 +172,7 @@ def _time(work: Callable[[int], Any], sets: int, device: torch.device, repeats: 
     graph = torch.cuda.CUDAGraph()
     # Outputs stay, so that each call writes to memory of its own.
     kept = []
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         for i in range(calls):
             kept.append(work(i % sets))
     return statistics.median([_elapsed_ms(graph.replay) / calls for _ in range(repeats + 2)][2:])
@@ -185,7 +191,7 @@ def _copy_rate(device: torch.device) -> float:
     """Bytes per second, read and written, of a large copy on the GPU."""
     source = torch.empty(2**29, device=device, dtype=torch.float32)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / (1e-3 * _time(lambda i: target.copy_(source), 1, device, 5))
+    return 2 * source.nbytes / (1e-3 * _time(lambda i: target.copy_(source), 1, device, torch.cuda.Stream(device), 5))
 
 
 def _random(
