@@ -24,6 +24,7 @@ from rich.table import Table
 from smpconv_zoo._version import __version__
 from smpconv_zoo.benchmarks.cpu import PEERS, CpuTime, bench_cpu
 from smpconv_zoo.benchmarks.measure import record, write_record
+from smpconv_zoo.benchmarks.operator import DTYPES, OperatorTime, bench_operator
 from smpconv_zoo.benchmarks.sequence import TASKS, SequenceTime, bench_sequence
 from smpconv_zoo.benchmarks.synthesis import SynthesisTime, bench_synthesis
 from smpconv_zoo.catalogue import NetworkFacts, list_networks, look_up, match_checkpoints, where_weights_come_from
@@ -83,6 +84,7 @@ SYNTHESIS_TIMES = (
     "dense MiB",
     "scatter MiB",
 )
+OPERATOR_TIMES = ("N x C x H x W, K", "dtype", "backend", "fwd ms", "dgrad ms", "wgrad ms", "floor ms", "note")
 
 app = typer.Typer(
     name="smpconv-zoo",
@@ -561,6 +563,36 @@ def bench_synthesis_(
         _print_table(SYNTHESIS_TIMES, [_synthesis_row(result) for result in results], numbers=range(1, 9))
 
 
+@bench.command("op", epilog="Example: `smpconv-zoo bench op --device cuda --out operator.json`")
+def bench_op(
+    device: Device = "cpu",
+    batch_sizes: Annotated[
+        list[int] | None,
+        typer.Option("--batch-size", min=1, help="Of the four stages; 1, 16, 64, 128 and 256 if none."),
+    ] = None,
+    dtypes: Annotated[
+        list[str] | None, typer.Option("--dtype", help=f"{', '.join(DTYPES)}; bfloat16 and float32 if none.")
+    ] = None,
+    native: Annotated[bool, typer.Option(help="Time PyTorch's own kernels, too, which takes most of the time.")] = True,
+    repeats: Repeats = 10,
+    threads: Threads = None,
+    out: Record = None,
+    as_json: Json = False,
+) -> None:
+    """Time the depthwise convolution of SMPConvNet and both its gradients, by every backend."""
+    chosen = dtypes or ["bfloat16", "float32"]
+    unknown = sorted(set(chosen) - DTYPES.keys())
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: no dtype of this benchmark; there are {', '.join(DTYPES)}")
+    target = _prepare(device, threads, out)
+    with _progress("convolutions") as progress:
+        results = bench_operator(target, chosen, batch_sizes or [1, 16, 64, 128, 256], repeats, native, progress)
+    tf32 = torch.backends.cudnn.allow_tf32
+    _report(record(target, repeats=repeats, tf32=tf32, results=[_plain(result) for result in results]), out, as_json)
+    if not as_json:
+        _print_table(OPERATOR_TIMES, [_operator_row(result) for result in results], numbers=range(3, 7))
+
+
 def _prepare(device: str, threads: int | None, out: Path | None) -> torch.device:
     """The device of a benchmark, and a place for its record, before any time is spent."""
     if out is not None and not out.parent.is_dir():
@@ -609,6 +641,17 @@ def _cpu_row(result: CpuTime) -> tuple[str, ...]:
         f"{result.ours_ms:.1f}",
         f"{result.peer_ms:.1f}",
         f"{result.ratio:.2f}",
+    )
+
+
+def _operator_row(result: OperatorTime) -> tuple[str, ...]:
+    times = (result.forward_ms, result.input_ms, result.weight_ms, result.floor_ms)
+    return (
+        f"{result.batch} x {result.channels} x {result.height} x {result.width}, {result.kernel}",
+        result.dtype,
+        result.backend,
+        *("" if time is None else f"{time:.4f}" for time in times),
+        result.note,
     )
 
 

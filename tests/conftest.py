@@ -16,6 +16,8 @@ settings.load_profile("smpconv_zoo")
 # What the user of this machine has imported must not matter; the package looks when it is imported.
 _HOME = tempfile.TemporaryDirectory(prefix="smpconv_home")
 os.environ["SMPCONV_HOME"] = _HOME.name
+# Installs of the tests are about the Python package; what builds its binary says so.
+os.environ["SMPCONV_BUILD_CUDA"] = "0"
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -10,7 +10,7 @@ import timm
 import torch
 from typer.testing import CliRunner
 
-from smpconv_zoo.benchmarks import cpu, measure, sequence, synthesis
+from smpconv_zoo.benchmarks import cpu, measure, operator, sequence, synthesis
 from smpconv_zoo.cli import app
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def test_unknown_networks_are_named() -> None:
     assert "smpconv_t: no network of a sequence task" in str(done.exception)
 
 
-@pytest.mark.parametrize("command", ["cpu", "sequence", "synthesis"])
+@pytest.mark.parametrize("command", ["cpu", "op", "sequence", "synthesis"])
 def test_a_record_without_a_place_is_refused_before_anything_is_timed(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,3 +143,36 @@ def test_a_record_without_a_place_is_refused_before_anything_is_timed(
     monkeypatch.setattr(synthesis, "median_ms", pytest.fail)
     done = CliRunner().invoke(app, ["bench", command, "--out", str(tmp_path / "none" / "record.json")])
     assert done.exit_code == 1 and f"{tmp_path / 'none'} is no folder" in str(done.exception)
+
+
+def test_bench_op_times_every_backend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "_STAGES", ((2, 9, 7, 5),))
+    monkeypatch.setattr(operator, "_LARGER", ((2, 12, 12, 5),))
+    monkeypatch.setattr(operator, "_DETECTION", (2, 10, 14, 5))
+    out = tmp_path / "operator.json"
+    arguments = ["bench", "op", "--batch-size", "1", "--batch-size", "3", "--dtype", "float32", "--repeats", "2"]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    entry = json.loads(out.read_text())
+    results = entry["results"]
+    assert {(r["batch"], r["height"]) for r in results} == {(1, 9), (3, 9), (3, 12), (2, 10)}
+    assert len(results) == 4 * 4 and entry["versions"]["torch"] == torch.__version__
+    for result in results:
+        ran = result["backend"] != "cuda"
+        assert ran == (result["note"] == "")
+        assert all((result[f"{name}_ms"] is not None) == ran for name in ("forward", "input", "weight"))
+    assert CliRunner().invoke(app, ["bench", "op", "--dtype", "int8"]).exit_code != 0
+
+
+def test_what_bench_op_times_is_the_convolution_and_its_gradients() -> None:
+    x, grad = torch.randn(2, 3, 6, 5), torch.randn(2, 3, 6, 5)
+    weight = torch.randn(3, 1, 5, 5)
+    expected = None
+    for backend in ("fft", "native"):
+        forward, to_x, to_weight = operator._work(backend, [x], [grad], weight)
+        got = (forward(0), *to_x(0), *to_weight(0))
+        assert [tensor.shape for tensor in got] == [x.shape, x.shape, weight.shape]
+        expected = expected or got
+        for ours, reference in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+    assert operator.floor_ms(128, 96, 56, 56, torch.bfloat16, 3e12) == pytest.approx(0.0514, rel=1e-3)

@@ -753,6 +753,7 @@ def test_why_not_gives_a_reason_for_every_backend() -> None:
     x, weight = draw(1, 2, 6, 6), draw(2, 1, 3, 3)
     double = "torch.float64"
     assert why_not(x, weight) == {
+        "cuda": "the CUDA kernels run on one NVIDIA GPU, x is on cpu and weight on cpu",
         "fft": None,
         "short": "the kernel for few taps runs on cuda, x is on cpu",
         "onednn": f"oneDNN's channels-last kernel takes float32 or bfloat16, got x {double} and weight {double}",
@@ -781,7 +782,7 @@ def test_a_named_backend_that_cannot_run_raises_its_reason() -> None:
 
 
 def test_unknown_backends_are_refused() -> None:
-    sentence = r"unknown backend 'winograd'; choose 'auto' or one of \('fft', 'short', 'onednn', 'reference'\)"
+    sentence = r"unknown backend 'winograd'; choose 'auto' or one of \('cuda', 'fft', 'short', 'onednn', 'reference'\)"
     with pytest.raises(ValueError, match=sentence):
         depthwise_conv2d(draw(1, 2, 6, 6), draw(2, 1, 3, 3), "winograd")
     with pytest.raises(ValueError, match=sentence):

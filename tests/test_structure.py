@@ -46,8 +46,15 @@ ORDER = (
 # nothing: it holds what its kernels share.
 ORDER_WITHIN = {
     "gpu": (("__init__",), ("fourier", "norm", "render", "short", "streams")),
-    "ops": (("kept", "reference", "norm"), ("fft", "short"), ("onednn",), ("dispatch",), ("pair",), ("__init__",)),
-    "benchmarks": (("measure",), ("cpu", "sequence", "synthesis"), ("__init__",)),
+    "ops": (
+        ("kept", "reference", "cuda", "norm"),
+        ("fft", "short"),
+        ("onednn",),
+        ("dispatch",),
+        ("pair",),
+        ("__init__",),
+    ),
+    "benchmarks": (("measure",), ("cpu", "operator", "sequence", "synthesis"), ("__init__",)),
     "pretrained": (
         ("cards", "errors"),
         ("remap", "signing", "structure"),

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from smpconv_zoo.ops.cuda import can_run_cuda, cuda_convolve
 from smpconv_zoo.ops.fft import can_fold, fft_convolve, good_fft_size, is_channels_last
 from smpconv_zoo.ops.kept import KernelCache
 from smpconv_zoo.ops.onednn import can_run_onednn, onednn_depthwise
@@ -33,7 +34,7 @@ __all__ = [
     "why_not",
 ]
 
-BACKENDS = ("fft", "short", "onednn", "reference")
+BACKENDS = ("cuda", "fft", "short", "onednn", "reference")
 
 # Thresholds of `auto`, read off eval/results/convolution_*.txt (eval/bench_convolution.py). On CPU, oneDNN has fast
 # depthwise kernels up to 14 taps wide and falls 20-fold beyond; their gradients are slow from about 13. Where it has
@@ -46,6 +47,9 @@ _CPU_DEPTHWISE_TAPS_TRAINING = 13
 _CPU_DEPTHWISE_TAPS_CHANNELS_LAST = 8
 _POINT_COST_ONEDNN = 28
 _POINT_COST_DEPTHWISE = {"cuda": 8}
+# Taps from which the compiled CUDA kernels are taken: those of the networks have 13 and more, and PyTorch's own kernels
+# for 3 and 5 were not timed against them.
+_CUDA_DEPTHWISE_TAPS = 7
 _POINT_COST_DENSE = {"cpu": 25, "cuda": 100}
 # Taps of a dense kernel from which an NVIDIA GPU folds (:mod:`smpconv_zoo.gpu.fourier`). The networks' kernels, of 161
 # taps and more, are far above, those of `short` below; where between them cuDNN is overtaken was not timed.
@@ -90,6 +94,8 @@ def depthwise_conv2d_with(cache: KernelCache | None, x: Tensor, weight: Tensor, 
     x, weight, _ = _autocast(x, weight, None)
     weight = reachable_same(weight, x.shape[2:])
     chosen = _choose(x, weight, backend, depthwise=True)
+    if chosen == "cuda":
+        return cuda_convolve(x, weight)
     if chosen == "onednn":
         return onednn_depthwise(x, weight)
     if chosen == "fft":
@@ -191,7 +197,13 @@ def why_not(x: Tensor, weight: Tensor) -> dict[str, str | None]:
 
 
 def _can_run() -> dict[str, Callable[[Tensor, Tensor], str | None]]:
-    return {"fft": can_run_fft, "short": can_run_short, "onednn": can_run_onednn, "reference": lambda x, weight: None}
+    return {
+        "cuda": can_run_cuda,
+        "fft": can_run_fft,
+        "short": can_run_short,
+        "onednn": can_run_onednn,
+        "reference": lambda x, weight: None,
+    }
 
 
 def can_run_fft(x: Tensor, weight: Tensor) -> str | None:
@@ -209,6 +221,8 @@ def _choose(x: Tensor, weight: Tensor, backend: str, depthwise: bool) -> str:
     if backend == "auto":
         if not depthwise and can_run_short(x, weight) is None:
             return "short"
+        if depthwise and max(weight.shape[2:]) >= _CUDA_DEPTHWISE_TAPS and can_run_cuda(x, weight) is None:
+            return "cuda"
         if depthwise and can_run_onednn(x, weight) is None:
             return _choose_on_avx512(x, weight)
         return "fft" if can_run_fft(x, weight) is None and _fft_pays(x, weight, depthwise) else "reference"
@@ -218,6 +232,8 @@ def _choose(x: Tensor, weight: Tensor, backend: str, depthwise: bool) -> str:
         raise ValueError("backend 'short' cannot run: the kernel for few taps is for dense convolutions")
     if not depthwise and backend == "onednn":
         raise ValueError("backend 'onednn' cannot run: the channels-last kernel is for depthwise convolutions")
+    if not depthwise and backend == "cuda":
+        raise ValueError("backend 'cuda' cannot run: its kernels are for depthwise convolutions")
     reason = _can_run()[backend](x, weight)
     if reason is not None:
         raise ValueError(f"backend {backend!r} cannot run: {reason}")
