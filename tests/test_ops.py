@@ -647,6 +647,7 @@ def test_auto_takes_the_reference_where_the_fft_cannot_run(depthwise: bool) -> N
 def test_why_not_gives_a_reason_for_every_backend() -> None:
     x, weight = draw(1, 2, 6, 6), draw(2, 1, 3, 3)
     assert why_not(x, weight) == {
+        "cuda": "the CUDA kernels run on one NVIDIA GPU, x is on cpu and weight on cpu",
         "fft": None,
         "short": "the kernel for few taps runs on cuda, x is on cpu",
         "reference": None,
@@ -674,7 +675,7 @@ def test_a_named_backend_that_cannot_run_raises_its_reason() -> None:
 
 
 def test_unknown_backends_are_refused() -> None:
-    sentence = r"unknown backend 'winograd'; choose 'auto' or one of \('fft', 'short', 'reference'\)"
+    sentence = r"unknown backend 'winograd'; choose 'auto' or one of \('cuda', 'fft', 'short', 'reference'\)"
     with pytest.raises(ValueError, match=sentence):
         depthwise_conv2d(draw(1, 2, 6, 6), draw(2, 1, 3, 3), "winograd")
     with pytest.raises(ValueError, match=sentence):
