@@ -29,6 +29,9 @@ LIBRARY_VARIABLE = "SMPCONV_CUDA_LIBRARY"
 # Instructions and asynchronous copies that came with the A100.
 _OLDEST_CAPABILITY = (8, 0)
 _LARGEST_KERNEL = 63
+# GPUs with 100 KB of shared memory per multiprocessor hold the tables and sums of smaller kernels only.
+_SMALL_CAPABILITIES = ((8, 6), (8, 9), (12, 0), (12, 1))
+_LARGEST_KERNEL_SMALL = 33
 _DTYPES = (torch.bfloat16, torch.float16)
 _FORWARD = "smpconv::depthwise_conv2d_forward"
 _INPUT = "smpconv::depthwise_conv2d_input"
@@ -54,16 +57,18 @@ def can_run_cuda(x: Tensor, weight: Tensor) -> str | None:
         return f"the CUDA kernels need at least one element, x has shape {tuple(x.shape)}"
     if torch.version.hip is not None:
         return "the CUDA kernels are for NVIDIA GPUs, this PyTorch is for AMD's"
-    return _why_no_kernel(x.device.index or 0) or why_no_binary()
+    return _why_no_kernel(x.device.index or 0, max(weight.shape[2:])) or why_no_binary()
 
 
 @torch.compiler.assume_constant_result
-def _why_no_kernel(device: int) -> str | None:
+def _why_no_kernel(device: int, largest: int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
-    if capability >= _OLDEST_CAPABILITY:
-        return None
     name = torch.cuda.get_device_name(device)
-    return f"the CUDA kernels need compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
+    if capability < _OLDEST_CAPABILITY:
+        return f"the CUDA kernels need compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
+    if capability in _SMALL_CAPABILITIES and largest > _LARGEST_KERNEL_SMALL:
+        return f"on {name} the CUDA kernels have sizes up to {_LARGEST_KERNEL_SMALL}, got {largest}"
+    return None
 
 
 @torch.compiler.assume_constant_result
