@@ -230,7 +230,7 @@ def side_by_side(name, steps, move=None, change=None):
             [after.detach() - start for after, start in zip(each.parameters(), before, strict=True)]
             for each in (captured, plain)
         )
-        # A ReLU whose input is next to zero may let through what the other one does not: 1 / sqrt(values) of a gradient.
+        # A ReLU whose input is next to zero may let through what the other one does not: 1 / sqrt(values) of it.
         assert norm_error(updates, others) < 2e-2
         for (key, value), other in zip(captured.named_buffers(), plain.buffers(), strict=True):
             if value.is_floating_point():
