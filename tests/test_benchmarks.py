@@ -55,6 +55,11 @@ def test_peak_bytes_counts_what_is_alive_at_once() -> None:
     assert measure.peak_bytes(all_at_once, CPU) == 12000
 
 
+def test_records_name_no_folders() -> None:
+    command = measure._command(["bench", "cpu", "--out", "/home/somebody/cpu.json", "--repeats", "3"])
+    assert command == "smpconv-zoo bench cpu --out cpu.json --repeats 3"
+
+
 def test_touched_pairs_are_counted() -> None:
     layer = synthesis.SMPConv1d(2, 2, 5, n_points=1, init_radius=0.6)
     with torch.no_grad():

@@ -100,11 +100,20 @@ def _identity(tensor: Tensor) -> int:
 def record(device: torch.device, **measured: Any) -> dict[str, Any]:
     """A benchmark's record: the command, what computed, and ``measured``."""
     return {
-        "command": " ".join(["smpconv-zoo", *sys.argv[1:]]),
+        "command": _command(sys.argv[1:]),
         "hardware": hardware(device),
         "versions": versions(),
         **measured,
     }
+
+
+def _command(arguments: list[str]) -> str:
+    """What was typed; of the place of the record only its name, since folders are nobody else's business."""
+    named = [
+        Path(argument).name if before == "--out" else argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+    ]
+    return " ".join(["smpconv-zoo", *named])
 
 
 def write_record(path: Path, entry: dict[str, Any]) -> None:
