@@ -163,3 +163,29 @@ def test_dense_and_causal_convolutions_keep_spectra_too(counts: list[int]) -> No
             of_sequences = causal_conv1d_with(cache, sequences, taps, bias, "fft")
             assert relative_error(of_sequences, causal_conv1d(sequences, taps, bias, "reference")) < 1e-6
     assert len(counts) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, there is none")
+@torch.no_grad()
+def test_graphs_and_other_streams_keep_to_themselves(counts: list[int]) -> None:
+    cache, weight = KernelCache(), torch.randn(3, 1, 5, 5, device="cuda")
+    x = torch.randn(2, 3, 9, 8, device="cuda")
+    expected = convolve(x, weight, None)
+    assert torch.equal(convolve(x, weight, cache), expected)
+    kept_before = cache._kept
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = convolve(x, weight, cache)
+    assert cache._kept is kept_before
+    cache.clear()
+    weight.mul_(2)
+    graph.replay()
+    assert torch.equal(y, convolve(x, weight, None))
+    convolve(x, weight, cache)
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    before = len(counts)
+    with torch.cuda.stream(other):
+        convolve(x, weight, cache)
+    assert len(counts) == before + 1

@@ -47,7 +47,15 @@ class KernelCache:
         """
         if kernel.is_inference():
             return compute()
-        mark = (kernel.data_ptr(), kernel._version, kernel.shape, kernel.stride(), kernel.dtype, kernel.device)
+        stream: int | None = None
+        if kernel.is_cuda:
+            # A graph may be replayed when what is kept now has long been dropped.
+            if torch.cuda.is_current_stream_capturing():
+                return compute()
+            # What one stream has computed another one would have to wait for.
+            stream = torch.cuda.current_stream(kernel.device).cuda_stream
+        address = (kernel.data_ptr(), kernel.shape, kernel.stride(), kernel.dtype, kernel.device)
+        mark = (*address, kernel._version, stream)
         kept = self._kept
         spectra = kept.spectra if kept is not None and kept.mark == mark else ()
         for known, result in spectra:
