@@ -29,7 +29,7 @@ from smpconv_zoo.benchmarks.sequence import TASKS, SequenceTime, bench_sequence
 from smpconv_zoo.benchmarks.synthesis import SynthesisTime, bench_synthesis
 from smpconv_zoo.catalogue import NetworkFacts, list_networks, look_up, match_checkpoints, where_weights_come_from
 from smpconv_zoo.checkpoints import convert_file
-from smpconv_zoo.environment import usable_device
+from smpconv_zoo.environment import keep_freed_memory, usable_device
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
@@ -104,6 +104,7 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that read images or
 
 def main() -> None:
     """Run the command line; failures that the package expects become one sentence on stderr and exit status 1."""
+    keep_freed_memory()
     try:
         app(prog_name="smpconv-zoo")
     except EXPECTED_ERRORS as error:

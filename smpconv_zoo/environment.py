@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from pathlib import Path
 
@@ -11,7 +12,12 @@ import torch
 
 from smpconv_zoo._version import __version__
 
-__all__ = ["hardware", "usable_device", "versions"]
+__all__ = ["hardware", "keep_freed_memory", "usable_device", "versions"]
+
+# Parameters of glibc's mallopt.
+_TRIM_THRESHOLD = -1
+_MMAP_MAX = -4
+_LARGEST_INT = 2**31 - 1
 
 
 def versions() -> dict[str, str]:
@@ -38,6 +44,22 @@ def usable_device(name: str | torch.device) -> torch.device:
         reason = str(error).strip().splitlines()[0].partition(". ")[0].rstrip(".")
         raise ValueError(f"device {str(name)!r} cannot be used: {reason}") from error
     return device
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep what it frees, whatever its size, for what it allocates next.
+
+    glibc gives blocks of more than 32 MiB back to the system at once. To get them again, page by page, takes longer
+    than most layers of a network take to fill them. For programs: a library has no business to decide this for others.
+    The environment does the same: ``MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647``.
+
+    Returns:
+        Whether that could be arranged; False where the C library is another one.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    libc = ctypes.CDLL(None)
+    return bool(libc.mallopt(_MMAP_MAX, 0) and libc.mallopt(_TRIM_THRESHOLD, _LARGEST_INT))
 
 
 def hardware(device: str | torch.device) -> str:
