@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import timm
 import torch
 import typer
 from rich.console import Console
@@ -24,6 +25,7 @@ from rich.table import Table
 from smpconv_zoo._version import __version__
 from smpconv_zoo.benchmarks.cpu import PEERS, CpuTime, bench_cpu
 from smpconv_zoo.benchmarks.measure import record, write_record
+from smpconv_zoo.benchmarks.model import bench_model
 from smpconv_zoo.benchmarks.operator import DTYPES, OperatorTime, bench_operator
 from smpconv_zoo.benchmarks.sequence import TASKS, SequenceTime, bench_sequence
 from smpconv_zoo.benchmarks.synthesis import SynthesisTime, bench_synthesis
@@ -562,6 +564,44 @@ def bench_synthesis_(
     _report(record(target, repeats=repeats, results=[_plain(result) for result in results]), out, as_json)
     if not as_json:
         _print_table(SYNTHESIS_TIMES, [_synthesis_row(result) for result in results], numbers=range(1, 9))
+
+
+@bench.command("model", epilog="Example: `smpconv-zoo bench model smpconv_t convnext_tiny --device cuda`")
+def bench_model_(
+    networks: Annotated[
+        list[str] | None, typer.Argument(help="timm's names, peers too; smpconv_t and smpconv_b if none.")
+    ] = None,
+    device: Device = "cpu",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
+    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="To compute in.")] = "bfloat16",
+    compiled: Annotated[bool, typer.Option("--compile", help="Also what torch.compile makes of them.")] = False,
+    repeats: Repeats = 10,
+    threads: Threads = None,
+    out: Record = None,
+    as_json: Json = False,
+) -> None:
+    """Time training and inference of image networks, in images per second."""
+    chosen = networks or list(PEERS)
+    unknown = [name for name in chosen if not timm.is_model(name)]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: timm knows no such network")
+    target = _prepare(device, threads, out)
+    with _progress("measurements") as progress:
+        results = bench_model(chosen, target, batch_size, getattr(torch, dtype), repeats, compiled, progress)
+    tf32 = torch.backends.cudnn.allow_tf32
+    _report(record(target, repeats=repeats, tf32=tf32, results=[_plain(result) for result in results]), out, as_json)
+    if not as_json:
+        rows = [
+            (
+                result.network,
+                result.work,
+                result.layout,
+                f"{result.images_per_second:,.0f}",
+                "" if result.peak_gib is None else f"{result.peak_gib:.2f}",
+            )
+            for result in results
+        ]
+        _print_table(("network", "work", "layout", "images/s", "peak GiB"), rows, numbers=range(3, 5))
 
 
 @bench.command("op", epilog="Example: `smpconv-zoo bench op --device cuda --out operator.json`")

@@ -129,6 +129,25 @@ def test_cpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert half.exit_code == 0 and {each["dtype"] for each in json.loads(half.stdout)["results"]} == {"bfloat16"}
 
 
+def test_model_command(tmp_path: Path) -> None:
+    out = tmp_path / "model.json"
+    arguments = ["bench", "model", "test_smpconv", "test_convnext", "--batch-size", "2", "--repeats", "1"]
+    for dtype in ("bfloat16", "float32"):
+        done = CliRunner().invoke(app, [*arguments, "--dtype", dtype, "--out", str(out)])
+        assert done.exit_code == 0, done.output
+        entry = json.loads(out.read_text())
+        works = [(result["network"], result["work"], result["layout"]) for result in entry["results"]]
+        assert works == [
+            (network, work, layout)
+            for network in ("test_smpconv", "test_convnext")
+            for work in ("training", "inference")
+            for layout in ("NCHW", "channels last")
+        ]
+        assert all(result["images_per_second"] > 0 and result["dtype"] == dtype for result in entry["results"])
+    done = CliRunner().invoke(app, ["bench", "model", "smpconv_huge"])
+    assert done.exit_code == 1 and "smpconv_huge: timm knows no such network" in str(done.exception)
+
+
 def test_unknown_networks_are_named() -> None:
     done = CliRunner().invoke(app, ["bench", "cpu", "smpconv_tcn_mnist"])
     assert done.exit_code == 1

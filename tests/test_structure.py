@@ -54,7 +54,7 @@ ORDER_WITHIN = {
         ("pair",),
         ("__init__",),
     ),
-    "benchmarks": (("measure",), ("cpu", "operator", "sequence", "synthesis"), ("__init__",)),
+    "benchmarks": (("measure",), ("cpu", "model", "operator", "sequence", "synthesis"), ("__init__",)),
     "pretrained": (
         ("cards", "errors"),
         ("remap", "signing", "structure"),
