@@ -73,7 +73,13 @@ ORDER_WITHIN = {
         ("report",),
         ("__init__",),
     ),
-    "training": (("augment", "groups", "recipe", "schedules", "step"), ("sequence", "image", "engine"), ("__init__",)),
+    "training": (
+        ("augment", "batches", "groups", "recipe", "schedules", "step", "world"),
+        ("checkpointing", "run_folder", "arrays", "images"),
+        ("engine",),
+        ("sequence", "finetuning"),
+        ("__init__",),
+    ),
 }
 
 

@@ -13,7 +13,7 @@ from smpconv_zoo.pretrained.cards import load_card
 from smpconv_zoo.pretrained.store import read_safetensors
 from smpconv_zoo.training import sequence
 from smpconv_zoo.training.augment import augment_digits
-from smpconv_zoo.training.recipe import Recipe, list_recipes, load_recipe, parse_overrides
+from smpconv_zoo.training.recipe import SequenceRecipe, list_recipes, load_recipe, parse_overrides
 from smpconv_zoo.training.step import TrainingStep
 
 TINY = {"network": "test_smpconv_tcn", "epochs": 2, "warmup_epochs": 1, "lr": 3e-3}
@@ -29,7 +29,9 @@ def test_every_embedded_checkpoint_has_its_recipe_inside():
 
     for name in list_recipes():
         metadata = read_safetensors(weights_dir() / f"{name}.safetensors")[1]
-        assert json.loads(metadata["recipe"]) == dataclasses.asdict(load_recipe(name))
+        recipe = dataclasses.asdict(load_recipe(name))
+        # What recipes hold since, the network was trained without.
+        assert json.loads(metadata["recipe"]).items() <= recipe.items()
 
 
 @pytest.mark.parametrize(
@@ -38,11 +40,11 @@ def test_every_embedded_checkpoint_has_its_recipe_inside():
         ({"learning_rate": 1.0}, "no field 'learning_rate'"),
         ({"epoch": 3}, "did you mean epochs"),
         ({"lr": -1.0}, "lr > 0"),
-        ({"lr": "fast"}, "lr must be float or int, got 'fast'"),
+        ({"lr": "fast"}, "lr must be float, got 'fast'"),
         ({"augment": 1}, "augment must be bool"),
         ({"epochs": True}, "epochs must be int"),
         ({"warmup_epochs": 100}, "warmup_epochs < epochs"),
-        ({"input": "image"}, "input must be one of"),
+        ({"input": "picture"}, "input must be one of"),
         ({"permutation_seed": 0}, "a sequence has none"),
     ],
 )
@@ -169,7 +171,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def _tiny_recipe(**changes: Any) -> Recipe:
+def _tiny_recipe(**changes: Any) -> SequenceRecipe:
     recipe = load_recipe("smpconv_tcn_mnist.smnist5k", **TINY)
     return dataclasses.replace(recipe, id="test_smpconv_tcn.tiny", **changes)
 

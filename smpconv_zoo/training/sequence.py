@@ -34,7 +34,7 @@ from smpconv_zoo.models.build import sample_shape
 from smpconv_zoo.pretrained.cards import CheckpointCard, Data, MeasuredResult, Training, WeightFile, card_bytes
 from smpconv_zoo.training.augment import augment_digits
 from smpconv_zoo.training.groups import sequence_parameter_groups
-from smpconv_zoo.training.recipe import Recipe
+from smpconv_zoo.training.recipe import SequenceRecipe
 from smpconv_zoo.training.schedules import warmup_cosine
 from smpconv_zoo.training.step import TrainingStep
 
@@ -76,7 +76,7 @@ class RunResult:
 
 
 def train_sequences(
-    recipe: Recipe,
+    recipe: SequenceRecipe,
     train_split: str = "train",
     validation_split: str | None = "validation",
     device: str | torch.device = "cpu",
@@ -160,7 +160,7 @@ def _deterministic_convolutions() -> Iterator[None]:
         yield
 
 
-def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str, log: str) -> CheckpointCard:
+def save_checkpoint(result: RunResult, recipe: SequenceRecipe, folder: Path, device: str, log: str) -> CheckpointCard:
     """Measure the test part, once, on the CPU, and write weights and card as ``<id>.safetensors`` and ``<id>.json``.
 
     The safetensors metadata holds ``id``, the ``recipe``, and for permuted sequences the ``permutation``: position j of
@@ -226,7 +226,7 @@ def save_checkpoint(result: RunResult, recipe: Recipe, folder: Path, device: str
 
 
 def run_recipe(
-    recipe: Recipe, folder: Path, device: str, final: bool, progress: Callable[[int, int], None] | None = None
+    recipe: SequenceRecipe, folder: Path, device: str, final: bool, progress: Callable[[int, int], None] | None = None
 ) -> tuple[CheckpointCard | None, Epoch]:
     """Train into a folder: ``<id>.jsonl`` (the log), and if ``final`` the weights and their card.
 
