@@ -179,7 +179,19 @@ def test_triton_is_imported_only_where_a_gpu_needs_it() -> None:
     assert not [name for name, imported in tops.items() if imported & with_triton]
 
 
-OPTIONAL = ("mlxtend", "matplotlib", "sklearn", "typer", "rich", "onnx", "onnxruntime", "onnxscript", "pandas", "scipy")
+OPTIONAL = (
+    "datasets",
+    "matplotlib",
+    "mlxtend",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pandas",
+    "rich",
+    "scipy",
+    "sklearn",
+    "typer",
+)
 
 
 def test_importing_needs_little_and_changes_nothing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import importlib.util
 import io
 import json
@@ -11,10 +10,12 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
+import subprocess
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,12 @@ import smpconv_zoo  # noqa: F401 - registers the networks
 from smpconv_zoo.data.folders import Pictures, check_pictures, open_pictures, read_picture, unreadable_pictures
 from smpconv_zoo.data.stand_in import write_stand_in
 from smpconv_zoo.training.engine import Engine
-from smpconv_zoo.training.images import ImageData
+from smpconv_zoo.training.images import ImageData, worker_death
 from smpconv_zoo.training.recipe import ImageRecipe
 from smpconv_zoo.training.world import World
+
+# From Python 3.12 on a process that has threads is warned of forking, as torch's loader does.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .*multi-threaded:DeprecationWarning")
 
 CPU = torch.device("cpu")
 CLASSES = {"ant": 9, "bee": 11, "cat": 14}
@@ -84,11 +88,22 @@ def taken(batches: Any) -> tuple[Tensor, Tensor]:
     return torch.stack(x), torch.stack(y)
 
 
+def complaint(batches: Any) -> str:
+    """What an error says; to keep it with its frames would be to keep the processes that read."""
+    try:
+        list(batches)
+    except ValueError as error:
+        return str(error)
+    except RuntimeError as error:
+        return worker_death(error) or str(error)
+    return ""
+
+
 def assert_same(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
-# ----------------------------------------------------------------------------------------------- what decides a batch
+# ------------------------------------------------------------------------------------------------- what decides a batch
 
 
 def test_workers_and_where_an_epoch_was_entered_change_nothing(folder: Path) -> None:
@@ -105,10 +120,12 @@ def test_workers_and_where_an_epoch_was_entered_change_nothing(folder: Path) -> 
     assert_same(taken(data(folder, workers=1, **AUGMENTED).epoch(1)), second)
 
 
-def test_epochs_seeds_and_pictures_draw_anew(folder: Path) -> None:
-    same_picture = Pictures("", "folder", tuple(CLASSES), open_pictures(folder).train, None)
-    names = [same_picture.train.name(0)] * len(same_picture.train.labels)
-    same_picture.train.paths = np.array([os.fsencode(os.path.relpath(name, folder / "train")) for name in names])
+def test_epochs_seeds_and_pictures_draw_anew(folder: Path, tmp_path: Path) -> None:
+    for name in CLASSES:
+        for number in range(12):
+            (tmp_path / name).mkdir(exist_ok=True)
+            picture(0, 0, (80, 80)).save(tmp_path / name / f"{number}.png")
+    same_picture = open_pictures(tmp_path)
     cropped = PLAIN | {"hflip": 0.5, "scale": [0.2, 1.0]}
     seen = [
         x
@@ -152,8 +169,8 @@ def test_generators_of_the_training_process_are_left_as_they_are(folder: Path, w
     random.seed(5)
     np.random.seed(6)
     torch.manual_seed(7)
-    states = random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state()
     batches = data(folder, workers=workers, **AUGMENTED)
+    states = random.getstate(), pickle.dumps(np.random.get_state()), torch.get_rng_state()
     for _ in range(2):
         list(batches.epoch(0))
         list(batches.validation())
@@ -184,7 +201,7 @@ def test_a_run_goes_on_with_the_same_pictures_only(folder: Path, tmp_path: Path)
         data(moved).load_state_dict(state)
 
 
-# ------------------------------------------------------------------------------------------------------- what a batch is
+# ------------------------------------------------------------------------------------------------------ what a batch is
 
 
 def test_a_plain_picture_is_normalised_and_nothing_else(tmp_path: Path) -> None:
@@ -195,16 +212,12 @@ def test_a_plain_picture_is_normalised_and_nothing_else(tmp_path: Path) -> None:
     batches = data(tmp_path, held_out=0.0, interpolation="bilinear", **PLAIN)
     x, y = taken(batches.epoch(0))
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    expected = {
-        ((torch.from_numpy(np.array(picture(label, number, (16, 16)))).permute(2, 0, 1) - 255 * mean) / (255 * std))
-        .numpy()
-        .tobytes(): label
-        for label in range(2)
-        for number in range(4)
-    }
-    assert {a.numpy().tobytes(): int(b) for a, b in zip(x[0], y[0], strict=True)} == expected
+    bytes_again = ((x[0] * std + mean) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    expected = {picture(label, n, (16, 16)).tobytes(): label for label in range(2) for n in range(4)}
+    assert {a.numpy().tobytes(): int(b) for a, b in zip(bytes_again, y[0], strict=True)} == expected
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves its files open
 def test_validation_is_timms(folder: Path) -> None:
     model = network()
     ours = list(data(folder, crop=0.8, image_size=None).validation())
@@ -256,7 +269,7 @@ def test_greys_for_a_network_of_one_channel(folder: Path) -> None:
         ImageData(recipe(auto_augment="rand-m9"), pictures, model, World(CPU))
 
 
-# --------------------------------------------------------------------------------------------------- parts, and protocols
+# ------------------------------------------------------------------------------------------------- parts, and protocols
 
 
 def test_what_is_chosen_by(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,7 +290,9 @@ def test_what_is_chosen_by(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.bincount(chosen).tolist() == [3, 3, 4]
     held = {x.numpy().tobytes() for x, _ in batches.validation() for x in x}
     same = {x.numpy().tobytes() for x, _ in data(folder, data="imagenet", held_out=0.3).validation() for x in x}
-    other = {x.numpy().tobytes() for x, _ in data(folder, data="imagenet", held_out=0.3, seed=1).validation() for x in x}
+    other = {
+        x.numpy().tobytes() for x, _ in data(folder, data="imagenet", held_out=0.3, seed=1).validation() for x in x
+    }
     assert held == same != other
     described = batches.describe()
     assert (described["smallest class"], described["largest class"], described["classes"]) == (6, 10, 3)
@@ -422,9 +437,7 @@ def test_the_same_pictures_wherever_they_lie(
     assert pictures.classes == (("0", "1", "2") if kind == "wds" else tuple(CLASSES))
 
     def contents(part: Any) -> collections.Counter[tuple[bytes, int]]:
-        return collections.Counter(
-            (read_picture(part, i).tobytes(), int(label)) for i, label in enumerate(part.labels)
-        )
+        return collections.Counter((read_picture(part, i).tobytes(), int(label)) for i, label in enumerate(part.labels))
 
     assert contents(pictures.train) == contents(expected.train)
     assert contents(pictures.validation) == contents(expected.validation)
@@ -456,6 +469,7 @@ def test_tars_have_timms_classes(folder: Path, tmp_path: Path, write: Callable[[
 
 
 @pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="webdataset is not installed")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it leaves its files open
 def test_shards_are_read_as_webdataset_does(folder: Path, tmp_path: Path) -> None:
     import webdataset
 
@@ -601,7 +615,7 @@ def test_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ValueError, match="data of the kind tfds/ are not taken"):
         open_pictures("tfds/imagenet2012")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="pip install datasets"):
+    with pytest.raises(ImportError, match=r"pip install .smpconv-zoo\[hf\]"):
         open_pictures("hfds/someone/something")
 
 
@@ -654,7 +668,7 @@ def test_classes_and_batches_that_do_not_fit(folder: Path, tmp_path: Path) -> No
         next(data(pictures).epoch(0, start=5))
 
 
-# ------------------------------------------------------------------------------------------------------- single pictures
+# ------------------------------------------------------------------------------------------------------ single pictures
 
 
 def saved(path: Path, image: Image.Image, **options: Any) -> Image.Image:
@@ -747,29 +761,36 @@ def test_a_file_that_breaks_while_training_is_named(folder: Path, tmp_path: Path
     shutil.copytree(folder, root)
     batches = data(root, workers=workers)
     (root / "train" / "bee" / "7.png").write_bytes((root / "train" / "bee" / "7.png").read_bytes()[:300])
-    with pytest.raises(ValueError, match=r"^\S*bee/7.png cannot be read as a picture: [^\n]+$"):
-        for epoch in range(5):
-            list(batches.epoch(epoch))
+    said = [complaint(batches.epoch(epoch)) for epoch in range(5)]
+    # One in five epochs may leave out this picture: two of 34 are left out.
+    assert any(said) and all(
+        re.fullmatch(r"\S*bee/7.png cannot be read as a picture: [^\n]+", text) for text in filter(None, said)
+    )
     (root / "val" / "ant" / "101.png").unlink()
-    with pytest.raises(ValueError, match=r"^\S*ant/101.png cannot be read as a picture: .*No such file"):
-        list(batches.validation())
+    assert re.fullmatch(
+        r"\S*ant/101.png cannot be read as a picture: .*No such file.*", complaint(batches.validation())
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------- processes
+# ------------------------------------------------------------------------------------------------------------ processes
 
 
 def test_a_process_that_dies_is_told_and_does_not_hang(folder: Path) -> None:
     batches = data(folder, workers=2, batch_size=4, **AUGMENTED)
     expected = taken(data(folder, batch_size=4, **AUGMENTED).epoch(0))
+    others = set(multiprocessing.active_children())
     epoch = batches.epoch(0)
     next(epoch)
-    victim = multiprocessing.active_children()[0]
-    with pytest.raises(RuntimeError, match=r"^a process that reads pictures died \(pid \d+, .*use fewer workers.*--resume$"):
+    victim = (set(multiprocessing.active_children()) - others).pop()
+
+    def bereaved() -> Iterator[Any]:
         os.kill(victim.pid, signal.SIGKILL)
-        for _ in range(3):
-            for _ in epoch:
-                pass
-            epoch = batches.epoch(0)
+        yield from epoch
+        yield from batches.epoch(0)
+
+    said = complaint(bereaved())
+    assert re.search(rf"^a process that reads pictures died \(pid {victim.pid}, .*use fewer workers.*--resume$", said)
+    assert worker_death(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
     # Others take its place.
     assert_same(taken(batches.epoch(0)), expected)
 
@@ -777,16 +798,24 @@ def test_a_process_that_dies_is_told_and_does_not_hang(folder: Path) -> None:
 def test_signals_to_stop_are_for_the_run_not_for_its_readers(folder: Path) -> None:
     batches = data(folder, workers=2, batch_size=2, **AUGMENTED)
     expected = taken(data(folder, batch_size=2, **AUGMENTED).epoch(0))
+    others = set(multiprocessing.active_children())
     epoch = batches.epoch(0)
     first = next(epoch)
-    for child in multiprocessing.active_children():
-        for name in (signal.SIGTERM, signal.SIGINT):
-            os.kill(child.pid, name)
+    readers = set(multiprocessing.active_children()) - others
+    assert len(readers) == 2
+    for name in ("-INT", "-TERM"):
+        # By another process: their parent's word counts.
+        subprocess.run(["kill", name, *(str(reader.pid) for reader in readers)], check=True)
     x, y = taken([first, *epoch])
     assert_same((x, y), expected)
+    assert all(reader.is_alive() for reader in readers)
+    del epoch, batches
+    for reader in readers:
+        reader.join(4)
+        assert reader.exitcode == 0
 
 
-# -------------------------------------------------------------------------------------------------------------- stand-in
+# ------------------------------------------------------------------------------------------------------------- stand-in
 
 
 def test_a_stand_in_for_imagenet(tmp_path: Path) -> None:
@@ -819,10 +848,34 @@ def test_a_stand_in_for_imagenet(tmp_path: Path) -> None:
 
 def test_a_network_learns_the_stand_in(tmp_path: Path) -> None:
     write_stand_in(tmp_path / "imagenet", 2, 16, (40, 32), validation_per_class=6)
-    run = recipe(**PLAIN, batch_size=16, epochs=6, lr=3e-3, mixup=0.2, mixup_probability=0.5, erasing=0.1, image_size=32)
+    run = recipe(
+        **PLAIN, batch_size=16, epochs=20, lr=3e-3, mixup=0.2, mixup_probability=0.5, erasing=0.1, image_size=32
+    )
     pictures = open_pictures(tmp_path / "imagenet")
     torch.manual_seed(0)
     model = network(2)
-    outcome = Engine(run, model, ImageData(run, pictures, model, World(CPU), workers=1), World(CPU)).fit()
-    assert outcome.best is not None and outcome.best.top1 is not None and outcome.best.top1 >= 75
-    assert dataclasses.asdict(outcome.last)["update"] == 12
+    losses: list[float] = []
+    batches = ImageData(run, pictures, model, World(CPU), workers=1)
+    outcome = Engine(run, model, batches, World(CPU), on_epoch=lambda log: losses.append(log.train_loss)).fit()
+    # With its labels smoothed, 0.2 is the least that a loss can be.
+    assert losses[0] > 0.6 and min(losses) < 0.45
+    assert outcome.last.update == 40 and outcome.last.top1 is not None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu(folder: Path) -> None:
+    world = World(torch.device("cuda"))
+    plain = {name: value for name, value in AUGMENTED.items() if name != "erasing"}
+    batches = data(folder, world, workers=2, **AUGMENTED)
+    states = torch.cuda.get_rng_state(), torch.get_rng_state()
+    first, second = taken(batches.epoch(0)), taken(batches.epoch(1))
+    assert first[0].is_cuda and first[1].is_cuda and not torch.equal(first[0], second[0])
+    list(batches.validation())
+    assert torch.equal(torch.cuda.get_rng_state(), states[0]) and torch.equal(torch.get_rng_state(), states[1])
+    again = data(folder, world, workers=0, **AUGMENTED)
+    late = taken(again.epoch(1, start=2))
+    assert torch.equal(late[0], second[0][2:]) and torch.equal(late[1], second[1][2:])
+    # But for the noise of erasing, which a GPU draws by its own generator, it is what a CPU makes of the same bytes.
+    on_gpu, on_cpu = (taken(data(folder, where, workers=0, **plain).epoch(0)) for where in (world, World(CPU)))
+    assert torch.allclose(on_gpu[0].cpu(), on_cpu[0], atol=1e-5) and torch.allclose(on_gpu[1].cpu(), on_cpu[1])

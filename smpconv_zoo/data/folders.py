@@ -264,8 +264,10 @@ def _fault(pictures: PictureSet, index: int, full: bool) -> str | None:
 def _ends(file: BinaryIO, marker: bytes) -> bool:
     place = file.tell()
     size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - _TAIL))
-    found = marker in file.read()
+    found = False
+    for tail in (64, _TAIL):
+        file.seek(max(0, size - tail))
+        found = found or marker in file.read()
     file.seek(place)
     return found
 
@@ -398,7 +400,7 @@ def _kind(path: Path) -> str:
                 f"{path} is no folder and no .tar file (compressed ones cannot be read picture by picture)"
             )
         return _kind_of_tar(path)
-    if _is_saved(path) or any(list(path.glob(pattern)) for pattern in ("*.parquet", "data/*.parquet", "*/*.parquet")):
+    if _is_saved(path) or any(list(path.glob(pattern)) for pattern in ("*.parquet", "data/*.parquet")):
         return "hfds"
     for folder in (path, _child(path, _TRAIN)):
         tars = [] if folder is None else [folder] if folder.is_file() else _tars_in(folder)
@@ -408,7 +410,7 @@ def _kind(path: Path) -> str:
 
 
 def _kind_of_tar(path: Path) -> str:
-    for _, (member, _) in zip(range(2), _members(path, 0), strict=False):
+    for _, (member, _) in zip(range(8), _members(path, 0), strict=False):
         if member.name.endswith((".cls", ".json")):
             return "wds"
     return "tar"
@@ -487,9 +489,7 @@ def _checked(pictures: Pictures) -> Pictures:
         if not len(part.labels):
             raise ValueError(f"{pictures.where} has no {name} pictures; expected {_HELP[pictures.kind]}")
         if part.labels.min() < 0:
-            raise ValueError(
-                f"{pictures.where} has {name} pictures without a label, {(part.labels < 0).sum():,} of them"
-            )
+            raise ValueError(f"{pictures.where} has {(part.labels < 0).sum():,} {name} pictures without a label")
         if part.labels.max() >= len(pictures.classes):
             raise ValueError(
                 f"{pictures.where} has a {name} label {part.labels.max()}, but {len(pictures.classes)} classes to learn"
@@ -553,7 +553,9 @@ def _members(path: Path, number: int) -> Iterator[tuple[_Member, BinaryIO]]:
     """The files in a tar, those of tars in it included, and each as an open file. Headers are read, no contents."""
 
     def walk(tar: tarfile.TarFile, base: int, above: str) -> Iterator[tuple[_Member, BinaryIO]]:
-        for info in tar:
+        while (info := tar.next()) is not None:
+            # Otherwise it keeps the headers of all, a kilobyte each.
+            tar.members.clear()  # type: ignore[attr-defined]
             hidden = any(part.startswith(".") and part != "." for part in info.name.split("/"))
             if not info.isfile() or hidden:
                 continue
@@ -672,7 +674,9 @@ def _number(data: bytes, name: str, field: str | None = None) -> int:
 
 def _hugging_face(where: str, source: str | Path) -> Pictures:
     if importlib.util.find_spec("datasets") is None:
-        raise ImportError(f"{where} is a Hugging Face dataset, which takes a package: pip install datasets")
+        raise ImportError(
+            f'{where} is a Hugging Face dataset, for which a package is needed: pip install "smpconv-zoo[hf]"'
+        )
     import datasets
 
     try:
@@ -689,7 +693,7 @@ def _hugging_face(where: str, source: str | Path) -> Pictures:
     features = splits[train].features
     picture = _column(where, features, ("image", "img", "picture"), datasets.Image)
     label = _column(where, features, ("label", "labels", "class", "fine_label"), datasets.ClassLabel)
-    values = splits[train][label][:]
+    values = [value for value in splits[train][label][:] if value is not None]
     names = getattr(features[label], "names", None)
     if names is None:
         strings = any(isinstance(value, str) for value in values)

@@ -15,9 +15,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import random
 import re
 import signal
+import threading
+import traceback
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -61,7 +64,7 @@ class ImageData:
         pictures: What to learn from.
         model: The network: input size, normalisation, classes.
         world: This process among those that train together.
-        workers: Processes that read; with 0 it is this one.
+        workers: Processes that read, at most one for each CPU; with 0 it is this process that reads.
 
     Raises:
         ValueError: Classes that do not fit the network, a batch that cannot be shared or that is larger than the data,
@@ -83,7 +86,7 @@ class ImageData:
         self.recipe = recipe
         self.pictures = pictures
         self.world = world
-        self.workers = workers
+        self.workers = min(workers, _cpus())
         self.share = recipe.batch_size // shares
         self._seed = recipe.seed % 2**63
         self._train, (chosen_from, self._validation, self._chosen_by) = _parts(recipe, pictures, self._seed)
@@ -116,7 +119,8 @@ class ImageData:
         classes = int(getattr(model, "num_classes", len(pictures.classes)))
         self._mixup = _mixup(recipe, classes, self.share)
         self._mixed_together = math.gcd(self.share, _MIXED_TOGETHER)
-        self._sampler = _EpochSampler(self._keys)
+        shape = (len(self._train) // recipe.batch_size, world.size, recipe.micro_batches, self.share)
+        self._sampler = _EpochSampler(pictures.train, self._train, self._seed, shape, world.rank)
         self._loaders: dict[str, PrefetchLoader] = {}
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,7 +133,7 @@ class ImageData:
         if not 0 <= start <= self.batches:
             raise ValueError(f"an epoch has batches 0 to {self.batches}, got {start}")
         self._sampler.enter(epoch, start)
-        batches = zip(self._read("train"), self._keys(epoch, start), strict=True)
+        batches = zip(self._read("train"), self._sampler, strict=True)
         for number, ((x, y), keys) in enumerate(batches, start):
             with _traceless(self.world.device):
                 self._erase(x, keys)
@@ -180,15 +184,6 @@ class ImageData:
                 "those, or start another run"
             )
 
-    def _keys(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
-        """(epoch, number of the picture) of the samples of this process's micro-batches."""
-        order = self.pictures.train.order(self._train, _draw(self._seed, _ORDER, epoch))
-        parts = self.recipe.micro_batches
-        for number in range(start, self.batches):
-            step, part = divmod(number, parts)
-            first = step * self.recipe.batch_size + (self.world.rank * parts + part) * self.share
-            yield [(epoch, int(index)) for index in order[first : first + self.share]]
-
     def _erase(self, x: Tensor, keys: list[tuple[int, int]]) -> None:
         """Erase a rectangle of some pictures, in place."""
         if self._erasing is None:
@@ -201,8 +196,7 @@ class ImageData:
         """Mix pictures in place; gives their mixed labels."""
         if self._mixup is None:
             return y
-        step, part = divmod(number, self.recipe.micro_batches)
-        first = (self.world.rank * self.recipe.micro_batches + part) * self.share
+        step, first = divmod(self._sampler.first(number), self.recipe.batch_size)
         targets = []
         for start in range(0, len(x), self._mixed_together):
             together = slice(start, start + self._mixed_together)
@@ -220,12 +214,15 @@ class ImageData:
                 batch = next(batches)
             except StopIteration:
                 return
-            except ValueError as error:
-                # From a worker an error comes with its whole traceback as its text; what it says is in the last line.
-                raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
-            except RuntimeError as error:
-                # Its processes are of no use any more.
-                self._loaders.pop(part)
+            except (ValueError, RuntimeError) as error:
+                # Torch's frames keep the error that they raise, in a circle, and with it the processes that read.
+                traceback.clear_frames(error.__traceback__)
+                # From a process the error comes with its whole traceback as its text; what it says is in the last line.
+                said = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+                if isinstance(error, ValueError):
+                    raise ValueError(said) from error
+                # The other processes are of no use any more.
+                del self._loaders[part]
                 reason = worker_death(error)
                 if reason is None:
                     raise
@@ -285,23 +282,65 @@ class _Samples(Dataset[Any]):
 
 
 class _EpochSampler(Sampler[list[tuple[int, int]]]):
-    """The batches of the epoch that was entered last, by which workers that live on hear of a new epoch."""
+    """(epoch, number of the picture) of the samples of every micro-batch of this process, in the epoch entered last.
 
-    def __init__(self, keys: Any) -> None:
-        self.keys = keys
-        self.place = 0, 0
+    By these keys workers that live on hear of a new epoch. Nothing here leads back to the loader: processes that end
+    when garbage is collected, and not when their loader goes, take seconds for it.
+
+    Args:
+        pictures: The training part.
+        indices: Those of it to learn from.
+        seed: Of the order.
+        shape: Steps of an epoch, processes, micro-batches of each, pictures of a micro-batch.
+        rank: Of this process.
+    """
+
+    def __init__(
+        self, pictures: PictureSet, indices: np.ndarray, seed: int, shape: tuple[int, int, int, int], rank: int
+    ) -> None:
+        self.pictures = pictures
+        self.indices = indices
+        self.seed = seed
+        self.shape = shape
+        self.rank = rank
+        self.epoch = self.start = 0
 
     def enter(self, epoch: int, start: int) -> None:
-        self.place = epoch, start
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        steps, _, parts, _ = self.shape
+        return steps * parts - self.start
+
+    def first(self, number: int) -> int:
+        """Place in the order of the epoch at which a micro-batch begins."""
+        _, processes, parts, share = self.shape
+        step, part = divmod(number, parts)
+        return ((step * processes + self.rank) * parts + part) * share
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return self.keys(*self.place)
+        order = self.pictures.order(self.indices, _draw(self.seed, _ORDER, self.epoch))
+        for number in range(self.start, self.start + len(self)):
+            first = self.first(number)
+            yield [(self.epoch, int(index)) for index in order[first : first + self.shape[-1]]]
 
 
 def _begin_worker(number: int) -> None:
-    """What the user stops is the run. It ends its workers itself, after it has saved."""
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, signal.SIG_IGN)
+    """What the user stops is the run, which ends its readers itself, after it has saved.
+
+    Ctrl-C goes to all processes of a terminal, and the end of a job on a cluster to all of the job.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey, args=(os.getppid(),), daemon=True).start()
+
+
+def _obey(run: int) -> None:
+    """End by a SIGTERM, if it comes from the run."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != run:
+        pass
+    os._exit(0)
 
 
 # ----------------------------------------------------------------------------------------------------------- randomness
@@ -374,9 +413,7 @@ def _hold_out(labels: np.ndarray, share: float, draw: np.random.RandomState) -> 
 
 def _augmentation(recipe: ImageRecipe, input_size: tuple[int, ...], mean: tuple[float, ...]) -> Any:
     if recipe.auto_augment is not None and input_size[0] != 3:
-        raise ValueError(
-            "auto_augment changes colours, the network takes pictures of one channel: set auto_augment=null"
-        )
+        raise ValueError("auto_augment needs colours, and the network takes one channel: set auto_augment=null")
     try:
         return create_transform(
             input_size,
@@ -409,6 +446,11 @@ def _mixup(recipe: ImageRecipe, classes: int, share: int) -> Mixup | None:
         label_smoothing=recipe.smoothing,
         num_classes=classes,
     )
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
