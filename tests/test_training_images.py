@@ -94,7 +94,7 @@ def complaint(batches: Any) -> str:
         list(batches)
     except ValueError as error:
         return str(error)
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError) as error:
         return worker_death(error) or str(error)
     return ""
 
@@ -560,6 +560,10 @@ def validation_alone(root: Path) -> None:
     write_classes(root / "val", {"a": 2, "b": 2})
 
 
+def parts_without_classes(root: Path) -> None:
+    write_classes(root, {"train": 3, "val": 2})
+
+
 def shard_without_labels(root: Path) -> None:
     write_tar(root / "0.tar", {"a.jpg": b"x", "a.cls": b"0", "b.jpg": b"x"})
 
@@ -591,6 +595,7 @@ WRONG = {
     validation_lacks: "different classes: c in .*train, but not in .*val",
     validation_has_more: "different classes: z in .*validation, but not in .*train",
     validation_alone: "holds val but no train to learn from",
+    parts_without_classes: "has pictures in train, val itself; expected DIR/train/CLASS",
     shard_without_labels: "0.tar holds pictures without a label.* b$",
     shard_with_a_word: "0.tar:a.cls holds no number of a class",
     shard_gap: "classes without a training picture: 1$",
@@ -632,6 +637,10 @@ def test_datasets_that_do_not_fit(folder: Path, tmp_path: Path, monkeypatch: pyt
     rows.remove_columns("label").save_to_disk(str(tmp_path / "bare"))
     with pytest.raises(ValueError, match="has no column label or labels, only img"):
         open_pictures(tmp_path / "bare")
+    gap = rows.add_item({"img": None, "label": 0})
+    gap.save_to_disk(str(tmp_path / "gap"))
+    bad = unreadable_pictures(open_pictures(tmp_path / "gap"))
+    assert bad == [(f"{tmp_path / 'gap'}, train, row 9", "the row has no picture")]
     words = rows.remove_columns("label").add_column("label", ["b", "a", "c"] * 3)
     words.save_to_disk(str(tmp_path / "words"))
     named = open_pictures(tmp_path / "words")
@@ -789,7 +798,11 @@ def test_a_process_that_dies_is_told_and_does_not_hang(folder: Path) -> None:
         yield from batches.epoch(0)
 
     said = complaint(bereaved())
-    assert re.search(rf"^a process that reads pictures died \(pid {victim.pid}, .*use fewer workers.*--resume$", said)
+    # It may have died while it handed something over.
+    how = rf"died \(pid {victim.pid}, .*\)|could not hand over a batch \(.*\)"
+    assert re.search(rf"^a process that reads pictures ({how}): most .*use fewer workers, .*--resume$", said), said
+    full = RuntimeError("unable to write to file </torch_7_1_0>: No space left on device (28)")
+    assert "shared memory (/dev/shm); use fewer workers" in (worker_death(full) or "")
     assert worker_death(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
     # Others take its place.
     assert_same(taken(batches.epoch(0)), expected)

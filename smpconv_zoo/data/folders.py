@@ -78,7 +78,7 @@ class PictureSet(Protocol):
         """The file of a picture."""
 
     def names(self) -> bytes:
-        """All that tells this set from another one, apart from where it lies."""
+        """What tells this set from another one, apart from where it lies and from its labels."""
 
     def order(self, indices: np.ndarray, draw: np.random.RandomState) -> np.ndarray:
         """``indices`` in the random order in which an epoch goes through them."""
@@ -216,8 +216,7 @@ def read_picture(pictures: PictureSet, index: int, mode: str = "RGB", upright: b
     try:
         with pictures.open(index) as file, Image.open(file) as image:
             return _converted(image, mode, upright)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow has SyntaxErrors for some bad files.
+    except Exception as error:  # OSErrors, SyntaxErrors, TypeErrors and more: whatever the bytes bring about
         raise ValueError(f"{pictures.name(index)} cannot be read as a picture: {_line(error)}") from error
 
 
@@ -257,7 +256,7 @@ def _fault(pictures: PictureSet, index: int, full: bool) -> str | None:
             if full or marker is None or not _ends(file, marker):
                 _converted(image, "RGB", True)
             return _no_range(image.mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # see read_picture
         return _line(error)
 
 
@@ -343,7 +342,7 @@ class _Rows:
         self.labels = np.array(labels, dtype=np.int64)
 
     def name(self, index: int) -> str:
-        path = self.rows[index][self.key]["path"]
+        path = (self.rows[index][self.key] or {}).get("path")
         return f"{self.where}, row {index}" + (f" ({path})" if path else "")
 
     def open(self, index: int) -> BinaryIO:
@@ -531,6 +530,8 @@ def _scan_folder(root: Path) -> _Scan:
         raise ValueError(f"{root} holds pictures outside of the folders of classes: {_listed(loose)}")
     filled = {Path(path).parts[0] for path, _ in found}
     folders = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+    if {name for _, name in found} <= {*_TRAIN, *_VALIDATION, "test"}:
+        raise ValueError(f"{root} has pictures in {_listed(sorted(filled))} itself; expected {_HELP['folder']}")
     if empty := sorted(folders - filled):
         raise ValueError(f"{root} has classes without a picture: {_listed(empty)}; fill or remove them")
     return _Scan(root, [], [path for path, _ in found], [name for _, name in found])

@@ -214,12 +214,12 @@ class ImageData:
                 batch = next(batches)
             except StopIteration:
                 return
-            except (ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError, OSError, EOFError) as error:
                 # Torch's frames keep the error that they raise, in a circle, and with it the processes that read.
                 traceback.clear_frames(error.__traceback__)
-                # From a process the error comes with its whole traceback as its text; what it says is in the last line.
-                said = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
                 if isinstance(error, ValueError):
+                    # From a process it comes with its whole traceback as its text; what it says is in the last line.
+                    said = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
                     raise ValueError(said) from error
                 # The other processes are of no use any more.
                 del self._loaders[part]
@@ -249,17 +249,22 @@ class ImageData:
         )
 
 
-def worker_death(error: RuntimeError) -> str | None:
+def worker_death(error: Exception) -> str | None:
     """What to tell the user of an error by which torch reports the death of a process that reads; None for others.
 
     torch may raise it wherever the training process is at that moment, not in the loader alone.
     """
-    found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\) (?:is )?([^.]+)", str(error))
-    if found is None:
+    text = str(error)
+    found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\) (?:is )?([^.]+)", text)
+    if found is not None:
+        what = f"a process that reads pictures died (pid {found[1]}, {found[2].strip()})"
+    elif "</torch_" in text or isinstance(error, (ConnectionError, EOFError)):
+        what = f"a process that reads pictures could not hand over a batch ({text or type(error).__name__})"
+    else:
         return None
     return (
-        f"a process that reads pictures died (pid {found[1]}, {found[2].strip()}): most often the machine is out of "
-        "memory or of shared memory (/dev/shm); use fewer workers, and go on by --resume"
+        f"{what}: most often the machine is out of memory or of shared memory (/dev/shm); use fewer workers, and go on "
+        "by --resume"
     )
 
 
