@@ -508,13 +508,13 @@ def test_a_folder_with_parts_that_are_classes(tmp_path: Path) -> None:
 
 
 def test_names_that_timm_sorts_by_chance(tmp_path: Path) -> None:
-    write_classes(tmp_path, {"1": 2, "01": 3, "2": 2, "10": 1})
+    write_classes(tmp_path, {"1": 2, "01": 3, "0001": 2, "001": 4, "2": 2, "10": 1})
     (tmp_path / ".ipynb_checkpoints").mkdir()
     picture(0, 0).save(tmp_path / ".ipynb_checkpoints" / "1.png")
     (tmp_path / "1" / "._0.png").write_bytes(b"of a file manager")
     pictures = open_pictures(tmp_path)
-    assert pictures.classes == ("01", "1", "2", "10")
-    assert np.bincount(pictures.train.labels).tolist() == [3, 2, 2, 1]
+    assert pictures.classes == ("0001", "001", "01", "1", "2", "10")
+    assert np.bincount(pictures.train.labels).tolist() == [2, 4, 3, 2, 2, 1]
 
 
 # -------------------------------------------------------------------------------------------------------- what is wrong
