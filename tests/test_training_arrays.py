@@ -14,13 +14,14 @@ import timm
 import torch
 from data_on_disk import strokes, write_cifar10, write_mnist, write_speech, write_trajectories, write_wav
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
 from torch import Tensor
 
 from smpconv_zoo.data import pictures, protocol, series, speech_commands
 from smpconv_zoo.data.mfcc import mfcc
 from smpconv_zoo.data.mnist5k import mnist5k_images
 from smpconv_zoo.data.series import load_series, read_sequences
-from smpconv_zoo.description import describe
+from smpconv_zoo.description import describe, load_described
 from smpconv_zoo.predicting import Reader
 from smpconv_zoo.training import arrays
 from smpconv_zoo.training.arrays import ArrayData, Parts, load_parts, open_arrays
@@ -225,6 +226,23 @@ def assert_stratified(y: Tensor, chosen: Tensor, share: float) -> None:
     for label in range(int(y.max()) + 1):
         count = int((y == label).sum()) + int((chosen == label).sum())
         assert int((chosen == label).sum()) == round(share * count)
+
+
+def test_the_same_samples_are_set_aside_for_good() -> None:
+    """Of a stream that numpy keeps as it is: runs of years apart are chosen by the same samples."""
+    labels = [0, 1] * 8 + [1, 1]
+    draw = np.random.RandomState(0)
+    expected = sorted([*draw.permutation(np.arange(0, 16, 2))[:2], *draw.permutation([*range(1, 16, 2), 16, 17])[:2]])
+    train, chosen = protocol.hold_out(labels, 0.25)
+    assert chosen.tolist() == expected == [3, 4, 7, 12]
+    assert sorted([*train, *chosen]) == list(range(18))
+    # One at least, and one at least is left.
+    assert [len(part) for part in protocol.hold_out([0] * 3 + [1] * 2, 0.01)] == [3, 2]
+    assert [len(part) for part in protocol.hold_out([0] * 3 + [1] * 2, 0.99)] == [2, 3]
+    with pytest.raises(ValueError, match="class 1 has a single sample"):
+        protocol.hold_out([0, 0, 1], 0.5)
+    with pytest.raises(ValueError, match="a share in"):
+        protocol.hold_out([0, 0], 1.0)
 
 
 def test_mnist5k_by_protocol() -> None:
@@ -537,14 +555,17 @@ def test_a_constant_channel_is_only_centred(tmp_path: Path) -> None:
 def test_predictions_read_files_as_the_run_did(tmp_path: Path) -> None:
     write_series(tmp_path)
     data = open_arrays(recipe("series", held_out=0), ALONE, tmp_path)
-    model: Any = timm.create_model("smpconv_tcn", in_chans=3, num_classes=4, kernel_size=40)
+    arguments = {"in_chans": 3, "num_classes": 4, "kernel_size": 40, "dims": (4,)}
+    model: Any = timm.create_model("smpconv_tcn", **arguments)
     model.pretrained_cfg.update(data.cfg_entries())
-    description = describe(model)
-    assert description.classes == data.classes and description.preprocessing.input_size == (3, 40)
-    reader = Reader(description.preprocessing)
-    read = torch.cat([reader.read(path) for path in sorted((tmp_path / "left").iterdir())])
+    folder = tmp_path.parent / "exported"
+    save_for_hf(model, folder, model_config=model.pretrained_cfg, model_args=arguments, safe_serialization=True)
     expected = data.parts.train[0][data.parts.train[1] == 2]
-    assert torch.equal(read, expected)
+    for description in (describe(model), load_described(f"local-dir:{folder}")[1]):
+        assert description.classes == data.classes and description.preprocessing.input_size == (3, 40)
+        reader = Reader(description.preprocessing)
+        read = torch.cat([reader.read(path) for path in sorted((tmp_path / "left").iterdir())])
+        assert torch.equal(read, expected)
 
 
 def test_published_sets_leave_mean_and_deviation_to_the_network() -> None:
