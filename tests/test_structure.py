@@ -83,6 +83,7 @@ ORDER_WITHIN = {
         ("checkpointing", "arrays", "images"),
         ("run_folder",),
         ("engine",),
+        ("running",),
         ("sequence", "finetuning"),
         ("__init__",),
     ),

@@ -30,7 +30,7 @@ from smpconv_zoo.training.augment import augment_digits, augment_pictures
 from smpconv_zoo.training.recipe import SequenceRecipe
 from smpconv_zoo.training.world import World
 
-__all__ = ["ArrayData", "Parts", "load_parts", "open_arrays"]
+__all__ = ["ArrayData", "Parts", "load_parts", "open_arrays", "pixels_as_input"]
 
 Progress = Callable[[int, int], None]
 
@@ -281,11 +281,15 @@ class ArrayData:
         return augment_digits(self._images, self._generator)
 
     def _as_input(self, x: Tensor) -> Tensor:
-        """Samples as the recipe's ``input`` has them: as they are, or row by row in the order of the permutation."""
-        if self.recipe.input.startswith("image"):
-            return x
-        sequences = x.flatten(2)
-        return sequences if self._order_of_pixels is None else sequences[:, :, self._order_of_pixels]
+        return pixels_as_input(x, self.recipe.input, self._order_of_pixels)
+
+
+def pixels_as_input(x: Tensor, form: str, permutation: Tensor | None) -> Tensor:
+    """Samples ``(N, C, ...)`` as a recipe's ``input`` has them: as they are, or row by row in a permutation's order."""
+    if form.startswith("image"):
+        return x
+    sequences = x.flatten(2)
+    return sequences if permutation is None else sequences[:, :, permutation]
 
 
 def open_arrays(
