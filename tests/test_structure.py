@@ -66,7 +66,7 @@ ORDER_WITHIN = {
     ),
     "models": (("sizes",), ("build",), ("image", "sequence"), ("__init__",)),
     "data": (
-        ("mfcc", "protocol", "ts_files"),
+        ("folders", "mfcc", "protocol", "stand_in", "ts_files"),
         ("mnist5k", "series", "speech_commands"),
         ("classes", "pictures"),
         ("__init__",),

@@ -120,8 +120,11 @@ class ArrayData:
 
     @property
     def batches(self) -> int:
-        """Micro-batches in an epoch of this process."""
-        return self.samples // self.recipe.batch_size * self.recipe.micro_batches
+        """Micro-batches in an epoch of this process; of the authors' protocol the last one may be smaller."""
+        steps, left = divmod(self.samples, self.recipe.batch_size)
+        if left and self.recipe.protocol == "reference" and self.world.size == self.recipe.micro_batches == 1:
+            return steps + 1
+        return steps * self.recipe.micro_batches
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -140,6 +140,7 @@ class Engine:
         self.average = _average(self.model, recipe)
         self.update = 0
         self.epoch = 0
+        self.waited = 0
         self.best: EpochLog | None = None
         self.last: EpochLog | None = None
         self._loss = torch.zeros((), device=world.device, dtype=torch.float64)
@@ -203,7 +204,7 @@ class Engine:
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
         self.step.load_state_dict(state["step"])
-        self.update, self.epoch = state["update"], state["epoch"]
+        self.update, self.epoch, self.waited = state["update"], state["epoch"], state["waited"]
         self._loss.fill_(state["loss"])
         self._seconds = state["seconds"]
         self.best, self.last = (None if state[k] is None else EpochLog(**state[k]) for k in ("best", "last"))
@@ -288,6 +289,10 @@ class Engine:
         improved = _better(self.last, self.best)
         if improved:
             self.best = self.last
+            self.waited = 0
+        elif not (self.reference and self.best is not None and self.last.top1 == self.best.top1):
+            # The authors count the epochs of lower accuracy alone.
+            self.waited += 1
         self.epoch += 1
         self._loss.zero_()
         self._seconds = 0.0
@@ -366,6 +371,7 @@ class Engine:
                 "recipe": dataclasses.asdict(self.recipe),
                 "update": self.update,
                 "epoch": self.epoch,
+                "waited": self.waited,
                 "model": self.model.state_dict(),
                 "average": None if self.average is None else self.average.module.state_dict(),
                 "step": self.step.state_dict(),
@@ -386,9 +392,7 @@ class Engine:
 
     def _waited_enough(self) -> bool:
         patience = self.recipe.early_stop
-        if patience is None or self.best is None or self.last is None:
-            return False
-        return self.last.epoch - self.best.epoch >= patience
+        return patience is not None and self.best is not None and self.waited >= patience
 
     def _update_average(self) -> None:
         if isinstance(self.average, ModelEmaV3):

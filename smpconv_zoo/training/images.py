@@ -1,6 +1,6 @@
 """Pictures as batches to learn from: read by worker processes, augmented by timm, normalised and mixed on the device.
 
-Every draw has its own seed. The order of an epoch hangs on (seed, epoch); crop, flips, colours and erased rectangle of a
+Every draw has its own seed. The order of an epoch hangs on (seed, epoch); crop, flips, colours and erased part of a
 picture on (seed, epoch, picture); mixup and CutMix on (seed, epoch, place in the epoch). So a batch is the same however
 many worker processes read and wherever in the epoch reading began; and the pictures of a step are the same however many
 processes train, mixed in the same way if the share of each is a multiple of 8. The generators that the training process
@@ -18,6 +18,7 @@ import math
 import random
 import re
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -115,9 +116,17 @@ class ImageData:
         self._erasing = RandomErasing(recipe.erasing, mode="pixel", device=world.device) if recipe.erasing else None
         classes = int(getattr(model, "num_classes", len(pictures.classes)))
         self._mixup = _mixup(recipe, classes, self.share)
-        self._mixed_together = math.gcd(self.share, _MIXED_TOGETHER)
+        # The authors mix a whole part of a process at one strength.
+        together = self.share if recipe.protocol == "reference" else _MIXED_TOGETHER
+        self._mixed_together = math.gcd(self.share, together)
         self._sampler = _EpochSampler(self._keys)
         self._loaders: dict[str, PrefetchLoader] = {}
+        # Workers that listen to no signal would keep a process that ends waiting for them.
+        self._end = weakref.finalize(self, self._loaders.clear)
+
+    def close(self) -> None:
+        """End the processes that read; the next epoch starts others."""
+        self._loaders.clear()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The micro-batches of an epoch, from number ``start`` on.
@@ -304,9 +313,6 @@ def _begin_worker(number: int) -> None:
         signal.signal(name, signal.SIG_IGN)
 
 
-# ----------------------------------------------------------------------------------------------------------- randomness
-
-
 def _draw(*key: int) -> np.random.RandomState:
     # Of all of numpy's generators this is the one whose streams are promised not to change.
     return np.random.RandomState(np.random.SeedSequence(key).generate_state(8))
@@ -343,9 +349,6 @@ def _traceless(device: torch.device | None = None) -> Iterator[None]:
 def _gpu_generator(device: torch.device) -> torch.Generator:
     number = torch.cuda.current_device() if device.index is None else device.index
     return torch.cuda.default_generators[number]
-
-
-# ---------------------------------------------------------------------------------------------------- parts, transforms
 
 
 def _parts(recipe: ImageRecipe, pictures: Pictures, seed: int) -> tuple[np.ndarray, tuple[PictureSet, np.ndarray, str]]:

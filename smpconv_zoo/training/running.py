@@ -148,7 +148,11 @@ def train(
                 for sentence in passed_over or ():
                     note(f"passed over a broken checkpoint: {sentence}")
                 note(f"goes on after step {engine.update}" if engine.update else "no checkpoint yet: starts anew")
-        outcome = engine.fit()
+        try:
+            outcome = engine.fit()
+        finally:
+            if isinstance(opened, ImageData):
+                opened.close()
         return Run(outcome, engine.measured.eval(), opened, world.leads)
 
 

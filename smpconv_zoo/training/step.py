@@ -182,6 +182,10 @@ class TrainingStep:
         assert self.room is not None
         if self.batch is None:
             self.batch = (torch.empty_like(x), torch.empty_like(y))
+        if x.shape != self.batch[0].shape:
+            # The last batch of an epoch may be smaller.
+            self._run([(x, y)], 1)
+            return
         for kept, given in zip(self.batch, (x, y), strict=True):
             kept.copy_(given)
         if self.graph is None or self.room.outgrown():
