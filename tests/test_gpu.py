@@ -192,7 +192,7 @@ def training_step(model, shape, graph):
     # Adam's first updates are +-lr whatever the size of a gradient, so that rounding alone decides the signs of those
     # of points that touch no tap. With a large eps updates follow the gradient.
     groups = [group | {"eps": 0.1} for group in sequence_parameter_groups(model, 1e-3, 0.0)]
-    return TrainingStep(model, groups, shape, DEVICE, graph=graph)
+    return TrainingStep(model, groups, DEVICE, graph=graph)
 
 
 def trained(name, steps, graph):

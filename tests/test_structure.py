@@ -74,8 +74,9 @@ ORDER_WITHIN = {
         ("__init__",),
     ),
     "training": (
-        ("augment", "batches", "groups", "recipe", "schedules", "step", "world"),
-        ("checkpointing", "run_folder", "arrays", "images"),
+        ("augment", "batches", "groups", "recipe", "schedules", "step", "sync_norm", "world"),
+        ("checkpointing", "arrays", "images"),
+        ("run_folder",),
         ("engine",),
         ("sequence", "finetuning"),
         ("__init__",),

@@ -185,4 +185,4 @@ def _few_images(split: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_a_captured_step_needs_a_gpu():
     with pytest.raises(ValueError, match="a CUDA graph needs a GPU, the model is on cpu"):
-        TrainingStep(torch.nn.Linear(2, 2), [], (1, 2), torch.device("cpu"), graph=True)
+        TrainingStep(torch.nn.Linear(2, 2), [], torch.device("cpu"), graph=True)

@@ -104,7 +104,7 @@ def _measure(name: str, batch_size: int, device: torch.device, repeats: int, pee
 
 def _train(model: nn.Module, x: Tensor, y: Tensor, repeats: int, graph: bool) -> float:
     groups = sequence_parameter_groups(model.train(), lr=1e-3, weight_decay=0.0)
-    step = TrainingStep(model, groups, x.shape, x.device, graph=graph)
+    step = TrainingStep(model, groups, x.device, graph=graph)
     return median_ms(lambda: step(x, y), x.device, repeats)
 
 

@@ -21,7 +21,7 @@ import yaml
 __all__ = ["PROTOCOLS", "ImageRecipe", "Recipe", "SequenceRecipe", "list_recipes", "load_recipe", "parse_overrides"]
 
 PROTOCOLS = {
-    "reference": "as the authors' code: the first step has rate 0; a step is followed by the average of the weights and "
+    "reference": "as the authors' code: the first step has rate 0; a step is followed by the average of the weights, "
     "then by the clip of the radii; the best epoch is chosen on the test data",
     "sound": "the first step learns; radii are clipped before weights are averaged; epochs are chosen on a validation "
     "part, the test data are looked at once",
@@ -123,7 +123,7 @@ class SequenceRecipe(Recipe):
     Args:
         input: ``"sequence"``, ``"permuted sequence"``, ``"image 28 x 28"`` or ``"image 32 x 32"``.
         permutation_seed: Seed of the pixel permutation; None for none.
-        dropped: Percent of the samples of a sequence that are left out, with the mask of the others as one more channel.
+        dropped: Percent of the samples of a sequence that are left out; the mask of the others is one more channel.
         features: Of speech: ``"mfcc"`` or ``"raw"``; None for other data.
         input_drop_rate: Dropout on the input while training (the authors' ``dropout_in``).
         augment: Whether to apply :func:`smpconv_zoo.training.augment.augment_digits`.

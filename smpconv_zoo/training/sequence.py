@@ -111,9 +111,8 @@ def train_sequences(
     step = TrainingStep(
         model,
         sequence_parameter_groups(model, recipe.lr, recipe.weight_decay),
-        (recipe.batch_size, *_as_input(images[:1], recipe.input, order_of_pixels).shape[1:]),
         device,
-        recipe.input_drop_rate,
+        input_drop_rate=recipe.input_drop_rate,
     )
     batches = len(images) // recipe.batch_size
     rates = warmup_cosine(recipe.lr, recipe.epochs * batches, recipe.warmup_epochs * batches)
