@@ -706,8 +706,8 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
 def clip_radius_(model: nn.Module) -> None:
     """Clamp the radii of every SMPConv layer of ``model`` into its bounds, in place.
 
-    Training calls this after every optimizer step; a point whose radius reaches zero touches nothing, and learns no more.
-    :func:`attach_radius_clip` does it of itself.
+    Training calls this after every optimizer step, or lets :func:`attach_radius_clip` do so. A point whose radius
+    reaches zero touches nothing, and learns no more.
     """
     for module in model.modules():
         if isinstance(module, _PointKernel):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import timm
@@ -16,6 +17,8 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from smpconv_zoo.models.sizes import input_at, maker, per_stage, size_arguments
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints, weights_dir
@@ -38,6 +41,7 @@ __all__ = [
     "create_on_meta",
     "match_state_dict",
     "per_stage",
+    "recompute",
 ]
 
 # What timm's ClassifierHead pools by.
@@ -315,6 +319,37 @@ def sample_shape(model: nn.Module) -> tuple[int, ...]:
     cfg: Any = model.pretrained_cfg
     channels, height, width = cfg["input_size"]
     return (channels, width) if getattr(model, "output_fmt", "NCHW") == "NCL" else (channels, height, width)
+
+
+def recompute(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)`` whose activations are computed again in the backward pass instead of being kept.
+
+    Batch norms take note of a batch once, not once more when it comes by again.
+    """
+    if torch.compiler.is_compiling():
+        # A compiled graph computes again what it needs, without the notes.
+        return checkpoint(block, x, use_reentrant=False)
+
+    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext(), _unnoted(block)
+
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _unnoted(block: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of batch norms as they are."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 
 def create_on_meta(network: str, **arguments: Any) -> nn.Module:
