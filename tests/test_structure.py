@@ -75,7 +75,7 @@ ORDER_WITHIN = {
     ),
     "training": (
         ("augment", "batches", "groups", "recipe", "schedules", "step", "sync_norm", "world"),
-        ("checkpointing", "arrays", "images"),
+        ("checkpointing", "arrays", "images", "saving"),
         ("run_folder",),
         ("engine",),
         ("sequence", "finetuning"),

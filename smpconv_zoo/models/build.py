@@ -123,19 +123,24 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
     source = None
     asked = {name: size for name in size_arguments(model_cls) if (size := kwargs.pop(name, None)) is not None}
     make: Callable[..., ModelT] = maker(model_cls)
-    if pretrained or asked:
-        cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
     ratio = None
     if asked:
         ratio, input_entries = input_at(cfg.to_dict(), **asked)
         make = maker(model_cls, ratio)
         overlay |= input_entries
+    elif "input_size" not in overlay and "length" in size_arguments(model_cls) and "kernel_size" in kwargs:
+        # A sequence is as long as the kernels that are asked for: no other argument says how long.
+        overlay["input_size"] = (*cfg.input_size[:2], kwargs["kernel_size"])
     if pretrained and not cfg.state_dict:
         # timm would read a cfg's own repository or folder itself, before it looks at the weights given to it.
         source = cfg.source
         weights = _load_weights(variant, cfg, overlay, kwargs.get("cache_dir"))
         overlay |= {"state_dict": weights, "source": None, **_classes_of_file(weights, cfg, overlay, kwargs)}
-        make = maker(model_cls, ratio, remap_reference_state_dict(weights))
+        # Of a saved network timm says what it was built with. Where that was another size, so are the kernels' sizes.
+        saved = kwargs.get("pretrained_model_args") or {}
+        resized = any(name in saved for name in size_arguments(model_cls))
+        make = maker(model_cls, ratio, None if resized else remap_reference_state_dict(weights))
     model: ModelT = build_model_with_cfg(
         make,
         variant,
@@ -316,9 +321,9 @@ register_notrace_function(check_input)
 
 def sample_shape(model: nn.Module) -> tuple[int, ...]:
     """Shape of one input of a network made by its entrypoint: ``(C, H, W)``, or ``(C, L)`` for a sequence network."""
-    cfg: Any = model.pretrained_cfg
-    channels, height, width = cfg["input_size"]
-    return (channels, width) if getattr(model, "output_fmt", "NCHW") == "NCL" else (channels, height, width)
+    net: Any = model
+    _, height, width = net.pretrained_cfg["input_size"]
+    return (net.in_chans, width) if getattr(model, "output_fmt", "NCHW") == "NCL" else (net.in_chans, height, width)
 
 
 def recompute(block: nn.Module, x: Tensor) -> Tensor:
