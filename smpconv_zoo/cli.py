@@ -46,8 +46,11 @@ from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.signing import generate_keys, sign_checkpoint, signature_required
 from smpconv_zoo.pretrained.store import CheckpointError
 from smpconv_zoo.publishing import ORGANISATION, Published, publish_checkpoint
-from smpconv_zoo.training.recipe import load_recipe, parse_overrides
-from smpconv_zoo.training.sequence import run_recipe
+from smpconv_zoo.training.engine import EpochLog, Stopped
+from smpconv_zoo.training.recipe import PROTOCOLS, SequenceRecipe, load_recipe, parse_overrides
+from smpconv_zoo.training.run_folder import TRACKERS
+from smpconv_zoo.training.running import train as run_training
+from smpconv_zoo.training.sequence import finish
 from smpconv_zoo.verifying import failed, find, verify_all
 from smpconv_zoo.verifying import verify as verify_one
 
@@ -109,6 +112,9 @@ def main() -> None:
     keep_freed_memory()
     try:
         app(prog_name="smpconv-zoo")
+    except Stopped as stopped:
+        typer.echo(f"smpconv-zoo: {stopped}", err=True)
+        sys.exit(128 + stopped.signal_number)
     except EXPECTED_ERRORS as error:
         typer.echo(f"smpconv-zoo: {_sentence(error)}", err=True)
         sys.exit(1)
@@ -352,29 +358,82 @@ def demo(
     _exit_on_difference(results)
 
 
-@app.command(epilog="Example: `smpconv-zoo train smpconv_tcn_mnist.smnist5k --set epochs=20 --out runs/try`")
+@app.command(
+    epilog="Example: `smpconv-zoo train smpconv_tcn_mnist.smnist5k --device cuda --out runs/try`, or "
+    "`torchrun --nproc-per-node 8 -m smpconv_zoo train smpconv_t.in1k --data-dir ~/in1k --device cuda --out runs/t`"
+)
 def train(
     checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint whose recipe to run.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; it must not hold another run.")],
+    data_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the data lie; the digits of MNIST-5k need none.")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch data that are missing, where it can be.")] = False,
     device: Device = "cpu",
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe (YAML).")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     final: Annotated[
         bool,
-        typer.Option("--final", help="Everything is chosen: train on train + validation, measure the test part once."),
+        typer.Option(
+            "--final", help="Everything is chosen: learn from what was chosen by as well; MNIST-5k is tested, once."
+        ),
     ] = False,
+    workers: Workers = 4,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints; ends of epochs alone if not given.")
+    ] = None,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of the log.")] = 50,
+    track: Annotated[str | None, typer.Option(help=f"Metrics also go to one of {', '.join(TRACKERS)}.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
 ) -> None:
-    """Train a checkpoint by its recipe; log, weights and card go to a folder."""
+    """Train a checkpoint by its recipe, in one process or under torchrun; log, checkpoints, weights go to a folder.
+
+    After a crash, a kill or SIGTERM, `--resume` goes on from the last checkpoint as if nothing had happened.
+    """
     recipe = load_recipe(checkpoint_id, **parse_overrides(overrides or []))
-    for name, value in _plain(recipe).items():
-        typer.echo(f"{name:17} {value}")
+    if recipe.id.partition(".")[0] != recipe.network:
+        raise ValueError(f"{recipe.id} cannot be made from another network, {recipe.network!r}")
+
+    def show(plan: dict[str, Any], model: torch.nn.Module) -> None:
+        for title, entries in (("recipe", _plain(recipe)), ("plan", plan)):
+            typer.echo(f"{title}:")
+            for name, value in entries.items():
+                typer.echo(f"  {name:24} {value}")
+        typer.echo(f"protocol {recipe.protocol}: {PROTOCOLS[recipe.protocol]}")
+
     with _progress(recipe.id) as progress:
-        card, last = run_recipe(recipe, out, device, final, progress)
+        run = run_training(
+            recipe,
+            out,
+            data_dir=data_dir,
+            download=download,
+            final=final,
+            device=device,
+            workers=workers,
+            resume=resume,
+            save_every=save_every,
+            log_every=log_every,
+            tracker=track,
+            dry_run=dry_run,
+            on_plan=show,
+            on_step=progress,
+            on_epoch=_echo_epoch,
+            on_note=lambda sentence: typer.echo(f"smpconv-zoo: {sentence}", err=True),
+        )
+    if run is None or not run.leads:
+        return
+    best, last = run.outcome.best, run.outcome.last
+    if run.outcome.stopped_early:
+        typer.echo(f"stopped early: nothing better for {recipe.early_stop} epochs")
     typer.echo(f"loss {last.train_loss:.4f} in the last of {last.epoch} epochs")
-    if last.validation_top1 is not None:
-        typer.echo(f"validation top-1 {last.validation_top1:.2f} %")
-    if card is not None and card.measured is not None:
+    if best is not None:
+        chosen = "test" if recipe.protocol == "reference" else "validation"
+        typer.echo(f"{chosen} top-1 {last.top1:.2f} % in the last epoch, {best.top1:.2f} % in the best, {best.epoch}")
+    if final and isinstance(recipe, SequenceRecipe) and recipe.data == "mnist5k":
+        card = finish(run, recipe, out, device)
+        assert card.measured is not None
         typer.echo(f"test top-1 {card.measured.top1:.2f} % ({card.measured.correct} of {card.measured.total})")
     typer.echo(f"wrote {out}")
 
@@ -796,6 +855,12 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _echo_epoch(epoch: EpochLog) -> None:
+    chosen = "" if epoch.top1 is None else f"  top-1 {epoch.top1:.2f} %"
+    speed = f"{epoch.samples_per_second:,.0f} samples/s"
+    typer.echo(f"epoch {epoch.epoch}  loss {epoch.train_loss:.4f}{chosen}  lr {epoch.lr:.2e}  {speed}")
 
 
 def _exit_on_difference(results: Sequence[EvaluationResult]) -> None:

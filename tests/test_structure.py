@@ -65,7 +65,12 @@ ORDER_WITHIN = {
         ("__init__",),
     ),
     "models": (("sizes",), ("build",), ("image", "sequence"), ("__init__",)),
-    "data": (("mfcc", "protocol", "ts_files"), ("mnist5k", "speech_commands"), ("classes", "pictures"), ("__init__",)),
+    "data": (
+        ("mfcc", "protocol", "ts_files"),
+        ("mnist5k", "series", "speech_commands"),
+        ("classes", "pictures"),
+        ("__init__",),
+    ),
     "evaluation": (
         ("complexity", "figures", "golden", "tables", "test_sets"),
         ("classification", "model_card"),
@@ -78,6 +83,7 @@ ORDER_WITHIN = {
         ("checkpointing", "arrays", "images", "saving"),
         ("run_folder",),
         ("engine",),
+        ("running",),
         ("sequence", "finetuning"),
         ("__init__",),
     ),

@@ -1,0 +1,415 @@
+"""Pictures as batches to learn from: read by worker processes, augmented by timm, normalised and mixed on the device.
+
+Every draw has its own seed. The order of an epoch hangs on (seed, epoch); crop, flips, colours and erased rectangle of a
+picture on (seed, epoch, picture); mixup and CutMix on (seed, epoch, place in the epoch). So a batch is the same however
+many worker processes read and wherever in the epoch reading began; and the pictures of a step are the same however many
+processes train, mixed in the same way if the share of each is a multiple of 8. The generators that the training process
+draws from are left as they are.
+
+Every kind of data set of :mod:`smpconv_zoo.data.folders` is read picture by picture, shards too: an epoch that begins
+in its middle reads nothing of what came before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import random
+import re
+import signal
+from collections.abc import Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.loader import PrefetchLoader, fast_collate
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from smpconv_zoo.data.folders import Pictures, PictureSet, check_labels, read_picture
+from smpconv_zoo.training.recipe import ImageRecipe
+from smpconv_zoo.training.world import World
+
+__all__ = ["ImageData", "worker_death"]
+
+# What a seed is drawn for.
+_ORDER, _PICTURE, _ERASING, _MIXING, _HOLDING_OUT = range(5)
+# Pictures that are mixed with each other, and by the same share. Few enough to divide the share of any process, so that
+# mixing does not depend on how many there are.
+_MIXED_TOGETHER = 8
+
+
+class ImageData:
+    """Batches of pictures, this process's share of them; see :class:`~smpconv_zoo.training.batches.TrainingData`.
+
+    Inputs are ``(N, C, H, W)`` float32, normalised as the network's ``pretrained_cfg`` says. Targets are labels
+    ``(N,)``, or with mixup or CutMix ``(N, classes)``, smoothed. Pictures that fill no optimizer step are left out,
+    others in every epoch.
+
+    What is chosen by (:meth:`validation`) hangs on the protocol. ``reference`` learns from the whole training part and
+    measures on the validation part, as the authors do. ``sound`` never looks at the validation part of ImageNet, on
+    which results are published: a share ``held_out`` of the training pictures, of every class alike, is chosen by and
+    not learned from. Of other pictures it takes the validation part, or holds out if there is none.
+
+    One epoch at a time: to begin one ends the one under way.
+
+    Args:
+        recipe: The run.
+        pictures: What to learn from.
+        model: The network: input size, normalisation, classes.
+        world: This process among those that train together.
+        workers: Processes that read; with 0 it is this one.
+
+    Raises:
+        ValueError: Classes that do not fit the network, a batch that cannot be shared or that is larger than the data,
+            or an augmentation that there is not.
+    """
+
+    def __init__(
+        self, recipe: ImageRecipe, pictures: Pictures, model: nn.Module, world: World, *, workers: int = 4
+    ) -> None:
+        if workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {workers}")
+        check_labels(pictures, getattr(model, "num_classes", None))
+        shares = world.size * recipe.micro_batches
+        if recipe.batch_size % shares:
+            raise ValueError(
+                f"a batch of {recipe.batch_size} cannot be shared evenly by {world.size} processes in "
+                f"{recipe.micro_batches} micro_batches each: make batch_size a multiple of {shares}"
+            )
+        self.recipe = recipe
+        self.pictures = pictures
+        self.world = world
+        self.workers = workers
+        self.share = recipe.batch_size // shares
+        self._seed = recipe.seed % 2**63
+        self._train, (chosen_from, self._validation, self._chosen_by) = _parts(recipe, pictures, self._seed)
+        if len(self._train) < recipe.batch_size:
+            raise ValueError(
+                f"{len(self._train):,} training pictures fill no step of {recipe.batch_size}: lower batch_size"
+            )
+        self.batches = len(self._train) // recipe.batch_size * recipe.micro_batches
+
+        config = resolve_data_config({"img_size": recipe.image_size, "crop_pct": recipe.crop}, model=model)
+        channels = int(getattr(model, "in_chans", config["input_size"][0]))
+        if channels not in (1, 3):
+            raise ValueError(f"a picture has 1 or 3 channels, the network takes {channels}")
+        self.input_size = (channels, *config["input_size"][1:])
+        mean, std = (_per_channel(config[name], channels) for name in ("mean", "std"))
+        self._normalise = {"mean": mean, "std": std, "channels": channels, "device": world.device}
+        # ImageNet is learned and measured as its files are stored: a few are tagged as turned.
+        form = ("RGB" if channels == 3 else "L", recipe.data != "imagenet")
+        augment = _augmentation(recipe, self.input_size, mean)
+        self._samples = _Samples(pictures.train, augment, *form, self._seed)
+        centre = create_transform(
+            self.input_size,
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+            use_prefetcher=True,
+        )
+        self._validation_samples = _Samples(chosen_from, centre, *form, None)
+        self._erasing = RandomErasing(recipe.erasing, mode="pixel", device=world.device) if recipe.erasing else None
+        classes = int(getattr(model, "num_classes", len(pictures.classes)))
+        self._mixup = _mixup(recipe, classes, self.share)
+        self._mixed_together = math.gcd(self.share, _MIXED_TOGETHER)
+        self._sampler = _EpochSampler(self._keys)
+        self._loaders: dict[str, PrefetchLoader] = {}
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The micro-batches of an epoch, from number ``start`` on.
+
+        Raises:
+            ValueError: A picture that cannot be read, by name; nothing is left out silently.
+            RuntimeError: A process that reads died.
+        """
+        if not 0 <= start <= self.batches:
+            raise ValueError(f"an epoch has batches 0 to {self.batches}, got {start}")
+        self._sampler.enter(epoch, start)
+        batches = zip(self._read("train"), self._keys(epoch, start), strict=True)
+        for number, ((x, y), keys) in enumerate(batches, start):
+            with _traceless(self.world.device):
+                self._erase(x, keys)
+                y = self._mix(x, y, epoch, number)
+            yield x, y
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The pictures to choose by, every ``size``-th from the rank on, at the centre of each.
+
+        Raises:
+            ValueError: A picture that cannot be read, by name.
+            RuntimeError: A process that reads died.
+        """
+        yield from self._read("validation")
+
+    def describe(self) -> dict[str, Any]:
+        """Where the pictures lie, how many there are, and which are learned from and chosen by."""
+        counts = np.bincount(self.pictures.train.labels[self._train], minlength=len(self.pictures.classes))
+        return {
+            "where": self.pictures.where,
+            "kind": self.pictures.kind,
+            "classes": len(self.pictures.classes),
+            "training": len(self._train),
+            "smallest class": int(counts.min()),
+            "largest class": int(counts.max()),
+            "validation": len(self._validation),
+            "chosen by": self._chosen_by,
+            "input": list(self.input_size),
+            "workers": self.workers,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What tells these pictures from others: sha256 of names, labels and choice."""
+        digest = hashlib.sha256(self.pictures.train.names())
+        for numbers in (self.pictures.train.labels, self._train):
+            digest.update(numbers.tobytes())
+        return {"pictures": digest.hexdigest()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Check that the pictures are those of :meth:`state_dict`.
+
+        Raises:
+            ValueError: They are others: another epoch than the one that was begun would come of them.
+        """
+        if state and state != self.state_dict():
+            raise ValueError(
+                f"{self.pictures.where} does not hold the training pictures that this run began with: go on with "
+                "those, or start another run"
+            )
+
+    def _keys(self, epoch: int, start: int) -> Iterator[list[tuple[int, int]]]:
+        """(epoch, number of the picture) of the samples of this process's micro-batches."""
+        order = self.pictures.train.order(self._train, _draw(self._seed, _ORDER, epoch))
+        parts = self.recipe.micro_batches
+        for number in range(start, self.batches):
+            step, part = divmod(number, parts)
+            first = step * self.recipe.batch_size + (self.world.rank * parts + part) * self.share
+            yield [(epoch, int(index)) for index in order[first : first + self.share]]
+
+    def _erase(self, x: Tensor, keys: list[tuple[int, int]]) -> None:
+        """Erase a rectangle of some pictures, in place."""
+        if self._erasing is None:
+            return
+        for picture, key in zip(x, keys, strict=True):
+            _reseed(self.world.device, self._seed, _ERASING, *key)
+            self._erasing(picture)
+
+    def _mix(self, x: Tensor, y: Tensor, epoch: int, number: int) -> Tensor:
+        """Mix pictures in place; gives their mixed labels."""
+        if self._mixup is None:
+            return y
+        step, part = divmod(number, self.recipe.micro_batches)
+        first = (self.world.rank * self.recipe.micro_batches + part) * self.share
+        targets = []
+        for start in range(0, len(x), self._mixed_together):
+            together = slice(start, start + self._mixed_together)
+            _reseed(None, self._seed, _MIXING, epoch, step, first + start)
+            targets.append(self._mixup(x[together], y[together])[1])
+        return torch.cat(targets)
+
+    def _read(self, part: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of a part, on the device; the next one is on its way there while one is used."""
+        if part not in self._loaders:
+            self._loaders[part] = PrefetchLoader(self._loader(part), **self._normalise)
+        batches = iter(self._loaders[part])
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except ValueError as error:
+                # From a worker an error comes with its whole traceback as its text; what it says is in the last line.
+                raise ValueError(str(error).strip().splitlines()[-1].removeprefix("ValueError: ")) from error
+            except RuntimeError as error:
+                # Its processes are of no use any more.
+                self._loaders.pop(part)
+                reason = worker_death(error)
+                if reason is None:
+                    raise
+                raise RuntimeError(reason) from error
+            yield batch
+
+    def _loader(self, part: str) -> DataLoader[Any]:
+        workers, samples, batches = self.workers, self._samples, cast(Any, self._sampler)
+        if part == "validation":
+            mine = self._validation[self.world.rank :: self.world.size].tolist()
+            batches = [[(0, i) for i in mine[first : first + self.share]] for first in range(0, len(mine), self.share)]
+            workers, samples = min(self.workers, len(batches)), self._validation_samples
+        return DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=fast_collate,
+            pin_memory=self.world.device.type == "cuda",
+            worker_init_fn=_begin_worker,
+            # Those that read the validation part would be in the way for most of the time.
+            persistent_workers=part == "train" and workers > 0,
+            # The loader draws a number for its workers, which need none: not from the training process's generator.
+            generator=torch.Generator(),
+        )
+
+
+def worker_death(error: RuntimeError) -> str | None:
+    """What to tell the user of an error by which torch reports the death of a process that reads; None for others.
+
+    torch may raise it wherever the training process is at that moment, not in the loader alone.
+    """
+    found = re.search(r"DataLoader worker \(pid\S* ([\d, ]+)\) (?:is )?([^.]+)", str(error))
+    if found is None:
+        return None
+    return (
+        f"a process that reads pictures died (pid {found[1]}, {found[2].strip()}): most often the machine is out of "
+        "memory or of shared memory (/dev/shm); use fewer workers, and go on by --resume"
+    )
+
+
+class _Samples(Dataset[Any]):
+    """Pictures by (epoch, number): uint8 ``(C, H, W)`` and label."""
+
+    def __init__(self, pictures: PictureSet, transform: Any, mode: str, upright: bool, seed: int | None) -> None:
+        self.pictures = pictures
+        self.transform = transform
+        self.mode = mode
+        self.upright = upright
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        picture = read_picture(self.pictures, key[1], self.mode, self.upright)
+        with _traceless():
+            if self.seed is not None:
+                _reseed(None, self.seed, _PICTURE, *key)
+            return self.transform(picture), int(self.pictures.labels[key[1]])
+
+
+class _EpochSampler(Sampler[list[tuple[int, int]]]):
+    """The batches of the epoch that was entered last, by which workers that live on hear of a new epoch."""
+
+    def __init__(self, keys: Any) -> None:
+        self.keys = keys
+        self.place = 0, 0
+
+    def enter(self, epoch: int, start: int) -> None:
+        self.place = epoch, start
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return self.keys(*self.place)
+
+
+def _begin_worker(number: int) -> None:
+    """What the user stops is the run. It ends its workers itself, after it has saved."""
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, signal.SIG_IGN)
+
+
+# ----------------------------------------------------------------------------------------------------------- randomness
+
+
+def _draw(*key: int) -> np.random.RandomState:
+    # Of all of numpy's generators this is the one whose streams are promised not to change.
+    return np.random.RandomState(np.random.SeedSequence(key).generate_state(8))
+
+
+def _reseed(device: torch.device | None, *key: int) -> None:
+    """Seed Python's, numpy's and torch's generators of the CPU, and of ``device`` that of a GPU."""
+    words = np.random.SeedSequence(key).generate_state(10)
+    number = int(words[8]) << 32 | int(words[9])
+    random.seed(number)
+    np.random.seed(words[:8])
+    # Not torch.manual_seed, which looks for GPUs, in worker processes too.
+    torch.default_generator.manual_seed(number)
+    if device is not None and device.type == "cuda":
+        _gpu_generator(device).manual_seed(number)
+
+
+@contextlib.contextmanager
+def _traceless(device: torch.device | None = None) -> Iterator[None]:
+    """Whatever is drawn or seeded within, all generators go on afterwards as if nothing had been."""
+    gpu = _gpu_generator(device) if device is not None and device.type == "cuda" else None
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu_state = None if gpu is None else gpu.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if gpu is not None and gpu_state is not None:
+            gpu.set_state(gpu_state)
+
+
+def _gpu_generator(device: torch.device) -> torch.Generator:
+    number = torch.cuda.current_device() if device.index is None else device.index
+    return torch.cuda.default_generators[number]
+
+
+# ---------------------------------------------------------------------------------------------------- parts, transforms
+
+
+def _parts(recipe: ImageRecipe, pictures: Pictures, seed: int) -> tuple[np.ndarray, tuple[PictureSet, np.ndarray, str]]:
+    """Pictures to learn from; and of which set, which and called what, those to choose by."""
+    everything = np.arange(len(pictures.train.labels))
+    published = recipe.data == "imagenet" and recipe.protocol == "sound"
+    if pictures.validation is not None and not published:
+        whole = np.arange(len(pictures.validation.labels))
+        return everything, (pictures.validation, whole, "the validation part")
+    if recipe.protocol == "reference" or recipe.held_out == 0:
+        return everything, (pictures.train, everything[:0], "nothing")
+    chosen = _hold_out(pictures.train.labels, recipe.held_out, _draw(seed, _HOLDING_OUT))
+    rest = np.setdiff1d(everything, chosen, assume_unique=True)
+    return rest, (pictures.train, chosen, f"{recipe.held_out:.0%} of the training part, held out by class")
+
+
+def _hold_out(labels: np.ndarray, share: float, draw: np.random.RandomState) -> np.ndarray:
+    """Of every class its share, at least one picture, and never all: of a single one none."""
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        chosen.append(draw.permutation(members)[:count])
+    return np.sort(np.concatenate(chosen))
+
+
+def _augmentation(recipe: ImageRecipe, input_size: tuple[int, ...], mean: tuple[float, ...]) -> Any:
+    if recipe.auto_augment is not None and input_size[0] != 3:
+        raise ValueError(
+            "auto_augment changes colours, the network takes pictures of one channel: set auto_augment=null"
+        )
+    try:
+        return create_transform(
+            input_size,
+            is_training=True,
+            scale=tuple(recipe.scale),
+            ratio=tuple(recipe.ratio),
+            hflip=recipe.hflip,
+            vflip=recipe.vflip,
+            color_jitter=recipe.color_jitter or None,
+            auto_augment=recipe.auto_augment,
+            interpolation=recipe.interpolation,
+            mean=mean,
+            # Pictures leave the workers as bytes; what comes after is done on the device.
+            use_prefetcher=True,
+        )
+    except (AssertionError, KeyError, ValueError) as error:
+        raise ValueError(f"auto_augment {recipe.auto_augment!r} is no policy of timm's") from error
+
+
+def _mixup(recipe: ImageRecipe, classes: int, share: int) -> Mixup | None:
+    if recipe.mixup == 0 and recipe.cutmix == 0:
+        return None
+    if share % 2:
+        raise ValueError(f"mixup pairs the pictures of a batch: the {share} of a process are odd")
+    return Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        prob=recipe.mixup_probability,
+        switch_prob=recipe.mixup_switch_probability,
+        label_smoothing=recipe.smoothing,
+        num_classes=classes,
+    )
+
+
+def _per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return tuple(values) if len(values) == channels else (sum(values) / len(values),) * channels
