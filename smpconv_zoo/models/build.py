@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -124,14 +125,15 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
     asked = {name: size for name in size_arguments(model_cls) if (size := kwargs.pop(name, None)) is not None}
     make: Callable[..., ModelT] = maker(model_cls)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    if "input_size" not in overlay and "length" in size_arguments(model_cls) and "kernel_size" in kwargs:
+        # A sequence is as long as the kernels that are asked for: no other argument says how long.
+        overlay["input_size"] = (*cfg.input_size[:2], kwargs["kernel_size"])
+        cfg = dataclasses.replace(cfg, input_size=overlay["input_size"])
     ratio = None
     if asked:
         ratio, input_entries = input_at(cfg.to_dict(), **asked)
         make = maker(model_cls, ratio)
         overlay |= input_entries
-    elif "input_size" not in overlay and "length" in size_arguments(model_cls) and "kernel_size" in kwargs:
-        # A sequence is as long as the kernels that are asked for: no other argument says how long.
-        overlay["input_size"] = (*cfg.input_size[:2], kwargs["kernel_size"])
     if pretrained and not cfg.state_dict:
         # timm would read a cfg's own repository or folder itself, before it looks at the weights given to it.
         source = cfg.source

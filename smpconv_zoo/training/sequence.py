@@ -105,9 +105,7 @@ def finish(run: Run, recipe: SequenceRecipe, folder: Path, device: str) -> Check
     """
     log_path = folder / f"{recipe.id}.jsonl"
     if log_path.exists():
-        raise FileExistsError(
-            f"{log_path} is the log of a finished run, left as it was; choose another folder"
-        )
+        raise FileExistsError(f"{log_path} is the log of a finished run, left as it was; choose another folder")
     assert isinstance(run.data, ArrayData)
     result = RunResult(run.model, run.data.permutation, run.outcome.last)
     with RunLog(log_path, recipe=dataclasses.asdict(recipe), hardware=hardware(device), final=True) as log:
