@@ -482,8 +482,8 @@ def finetune(
 ) -> None:
     """Fine-tune a network on your own pictures, or .csv and .npy sequences, with any number of classes.
 
-    A part is set aside to choose by, unless there is a val/. The best epoch is saved with the names of the classes, in a
-    folder that `predict`, `export` and `timm.create_model` take.
+    A part is set aside to choose by, unless there is a val/. The best epoch is saved with the names of the classes, in
+    a folder that `predict`, `export` and `timm.create_model` take.
     """
     values = {"image_size": image_size, "epochs": epochs, "batch_size": batch_size, "lr": lr}
     chosen = {key: value for key, value in values.items() if value is not None} | parse_overrides(overrides or [])
