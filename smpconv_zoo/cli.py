@@ -31,6 +31,8 @@ from smpconv_zoo.benchmarks.sequence import TASKS, SequenceTime, bench_sequence
 from smpconv_zoo.benchmarks.synthesis import SynthesisTime, bench_synthesis
 from smpconv_zoo.catalogue import NetworkFacts, list_networks, look_up, match_checkpoints, where_weights_come_from
 from smpconv_zoo.checkpoints import convert_file
+from smpconv_zoo.data.folders import open_pictures, unreadable_pictures
+from smpconv_zoo.data.stand_in import write_stand_in
 from smpconv_zoo.environment import keep_freed_memory, usable_device
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
@@ -383,6 +385,7 @@ def train(
         ),
     ] = False,
     workers: Workers = 4,
+    check: Annotated[bool, typer.Option(help="Look at the header of every picture before the first step.")] = True,
     save_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints; ends of epochs alone if not given.")
     ] = None,
@@ -414,6 +417,7 @@ def train(
             final=final,
             device=device,
             workers=workers,
+            check=check,
             resume=resume,
             save_every=save_every,
             log_every=log_every,
@@ -423,6 +427,7 @@ def train(
             on_step=progress,
             on_epoch=_echo_epoch,
             on_note=lambda sentence: typer.echo(f"smpconv-zoo: {sentence}", err=True),
+            on_read=progress,
         )
     if run is None or not run.leads:
         return
@@ -653,6 +658,64 @@ def predict(
         typer.echo(f"smpconv-zoo: {failed_file.file}: {failed_file.reason}", err=True)
     if found.unreadable:
         raise typer.Exit(1)
+
+
+data = typer.Typer(no_args_is_help=True, help="Look at data sets of pictures, and make stand-ins.")
+app.add_typer(data, name="data")
+
+
+@data.command("check", epilog="Example: `smpconv-zoo data check ~/in1k --full`")
+def data_check(
+    place: Annotated[str, typer.Argument(metavar="DIR", help="Class folders, tar files, shards, or hfds/NAME.")],
+    full: Annotated[bool, typer.Option("--full", help="Decode every picture; its header and its end if not.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Count pictures and classes, and name every file that cannot be read; status 1 if there is one."""
+    pictures = open_pictures(place)
+    with _progress("pictures") as progress:
+        bad = unreadable_pictures(pictures, full=full, workers=workers, progress=progress)
+    parts = {"train": pictures.train, "validation": pictures.validation}
+    counts = {name: 0 if part is None else len(part.labels) for name, part in parts.items()}
+    if as_json:
+        unreadable = [{"file": name, "reason": reason} for name, reason in bad]
+        _print_json({"kind": pictures.kind, "classes": len(pictures.classes), **counts, "unreadable": unreadable})
+    else:
+        typer.echo(
+            f"{place}: {pictures.kind}, {len(pictures.classes):,} classes, {counts['train']:,} pictures to learn from, "
+            f"{counts['validation']:,} to validate on"
+        )
+        for name, reason in bad:
+            typer.echo(f"{name}: {reason}")
+    if bad:
+        typer.echo(f"smpconv-zoo: {len(bad):,} pictures cannot be read", err=True)
+        raise typer.Exit(1)
+
+
+@data.command("stand-in", epilog="Example: `smpconv-zoo data stand-in /tmp/in1k --classes 100 --per-class 128`")
+def data_stand_in(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
+    classes: Annotated[int, typer.Option(min=2, max=1000, help="Classes.")] = 1000,
+    per_class: Annotated[int, typer.Option(min=1, help="Pictures of each to learn from.")] = 4,
+    validation_per_class: Annotated[int, typer.Option(min=0, help="Pictures of each to validate on.")] = 1,
+    width: Annotated[int, typer.Option(min=8, help="Pixels.")] = 500,
+    height: Annotated[int, typer.Option(min=8, help="Pixels.")] = 375,
+    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 8,
+) -> None:
+    """Write a folder of ImageNet's form, of synthetic JPEGs of its usual size: to rehearse a run and to time it."""
+    with _progress("pictures") as progress:
+        written = write_stand_in(
+            folder,
+            classes,
+            per_class,
+            (width, height),
+            seed,
+            validation_per_class=validation_per_class,
+            workers=workers,
+            progress=progress,
+        )
+    typer.echo(f"wrote {folder}: {written:,} pictures of {classes:,} classes, synthetic")
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")

@@ -126,7 +126,7 @@ class SequenceRecipe(Recipe):
         dropped: Percent of the samples of a sequence that are left out; the mask of the others is one more channel.
         features: Of speech: ``"mfcc"`` or ``"raw"``; None for other data.
         input_drop_rate: Dropout on the input while training (the authors' ``dropout_in``).
-        augment: Whether to change digits by :func:`~smpconv_zoo.training.augment.augment_digits`, pictures of CIFAR-10 by
+        augment: Whether to change digits by :func:`~smpconv_zoo.training.augment.augment_digits`, and CIFAR-10 by
             :func:`~smpconv_zoo.training.augment.augment_pictures`.
         held_out: Share of the training samples that ``protocol: sound`` chooses by, where there is no validation part.
     """

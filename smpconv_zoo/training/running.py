@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from smpconv_zoo.data.folders import open_pictures
+from smpconv_zoo.data.folders import check_pictures, open_pictures
 from smpconv_zoo.training.arrays import ArrayData, open_arrays
 from smpconv_zoo.training.engine import Engine, EpochLog, Outcome
 from smpconv_zoo.training.images import ImageData
@@ -49,6 +49,7 @@ def train(
     final: bool = False,
     device: str | torch.device = "cpu",
     workers: int = 4,
+    check: bool = True,
     resume: bool = False,
     save_every: int | None = None,
     log_every: int = 50,
@@ -73,6 +74,7 @@ def train(
         final: For data in memory: everything is chosen, learn from what was chosen by as well.
         device: ``"cpu"``, ``"cuda"``, ...
         workers: Processes that read pictures, for each process that trains.
+        check: Whether to look at the header of every picture before the first step; not done of a run that goes on.
         resume: Go on from the last checkpoint in ``out``, if there is one. A process that ``torchrun`` started again
             does so unasked.
         save_every: Optimizer steps between checkpoints, besides those at the ends of epochs.
@@ -108,7 +110,15 @@ def train(
         torch.manual_seed(recipe.seed)
         model = (network or start_network)(recipe)
         opened = (open_ or open_data)(
-            recipe, model, world, data_dir, download=download, final=final, workers=workers, progress=on_read
+            recipe,
+            model,
+            world,
+            data_dir,
+            download=download,
+            final=final,
+            workers=workers,
+            check=check and not resume,
+            progress=on_read,
         )
         model = model.to(world.device)
         engine = Engine(
@@ -161,9 +171,10 @@ def open_data(
     download: bool = False,
     final: bool = False,
     workers: int = 4,
+    check: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> ArrayData | ImageData:
-    """The data of a recipe, checked against the network.
+    """The data of a recipe, checked against the network; of pictures, ``check`` looks at the headers of all of them.
 
     Raises:
         FileNotFoundError: They are not there; the message says how to get them.
@@ -178,4 +189,9 @@ def open_data(
             "--data-dir is missing: a folder of class folders, with train/ and val/ or without, tar files, shards, or "
             "hfds/NAME"
         )
-    return ImageData(recipe, open_pictures(data_dir), model, world, workers=workers)
+    pictures = open_pictures(data_dir)
+    opened = ImageData(recipe, pictures, model, world, workers=workers)
+    if check and world.leads:
+        check_pictures(pictures, progress=progress)
+    world.wait()
+    return opened
