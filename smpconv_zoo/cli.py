@@ -49,7 +49,9 @@ from smpconv_zoo.pretrained.signing import generate_keys, sign_checkpoint, signa
 from smpconv_zoo.pretrained.store import CheckpointError
 from smpconv_zoo.publishing import ORGANISATION, Published, publish_checkpoint
 from smpconv_zoo.training.engine import EpochLog, Stopped
-from smpconv_zoo.training.recipe import PROTOCOLS, SequenceRecipe, load_recipe, parse_overrides
+from smpconv_zoo.training.finetuning import FREEZES
+from smpconv_zoo.training.finetuning import finetune as finetune_network
+from smpconv_zoo.training.recipe import PROTOCOLS, ImageRecipe, SequenceRecipe, load_recipe, parse_overrides
 from smpconv_zoo.training.run_folder import TRACKERS
 from smpconv_zoo.training.running import train as run_training
 from smpconv_zoo.training.sequence import finish
@@ -441,6 +443,113 @@ def train(
         assert card.measured is not None
         typer.echo(f"test top-1 {card.measured.top1:.2f} % ({card.measured.correct} of {card.measured.total})")
     typer.echo(f"wrote {out}")
+
+
+@app.command(
+    epilog="Example: `smpconv-zoo finetune smpconv_t --data-dir my_images --out runs/mine --device cuda`, "
+    "or `smpconv-zoo finetune smpconv_tcn --data-dir my_sequences --out runs/mine`"
+)
+def finetune(
+    name: Annotated[
+        str, typer.Argument(metavar="ID", help="A network, a checkpoint, `local-dir:PATH` or `hf-hub:ORG/NAME`.")
+    ],
+    data_dir: Annotated[
+        str, typer.Option(metavar="DIR", help="A folder of class folders, with train/ and val/ or without.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write to; it must not hold another run.")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of a side; the network's own if not given. Kernels follow.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data, at most.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=2, help="Samples of a step; by their number if not given.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest rate.")] = None,
+    freeze: Annotated[
+        str, typer.Option(help=f"What stays as it is: {', '.join(FREEZES)}. With backbone the classifier alone learns.")
+    ] = "none",
+    pretrained: Annotated[
+        bool | None, typer.Option(help="Start from weights, or from random ones; from weights wherever there are some.")
+    ] = None,
+    keep_head: Annotated[
+        bool, typer.Option("--keep-head", help="Go on with the classifier of the weights; the classes have to be its.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe (YAML).")
+    ] = None,
+    device: Device = "cpu",
+    workers: Workers = 4,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    track: Annotated[str | None, typer.Option(help=f"Metrics also go to one of {', '.join(TRACKERS)}.")] = None,
+    license: Annotated[str, typer.Option(help="Of the weights to come, for their card.")] = "not stated",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a network on your own pictures, or .csv and .npy sequences, with any number of classes.
+
+    A part is set aside to choose by, unless there is a val/. The best epoch is saved with the names of the classes, in
+    a folder that `predict`, `export` and `timm.create_model` take.
+    """
+    values = {"image_size": image_size, "epochs": epochs, "batch_size": batch_size, "lr": lr}
+    chosen = {key: value for key, value in values.items() if value is not None} | parse_overrides(overrides or [])
+
+    def say(line: str) -> None:
+        # Of JSON nothing else may be on stdout.
+        typer.echo(line, err=as_json)
+
+    def show(recipe: SequenceRecipe | ImageRecipe) -> None:
+        say("recipe:")
+        for field, value in _plain(recipe).items():
+            say(f"  {field:24} {value}")
+
+    def plan(entries: dict[str, Any], model: torch.nn.Module) -> None:
+        say("plan:")
+        for field, value in entries.items():
+            say(f"  {field:24} {value}")
+
+    with _progress(name) as progress:
+        done = finetune_network(
+            name,
+            data_dir,
+            out,
+            overrides=chosen,
+            pretrained=pretrained,
+            freeze=freeze,
+            keep_head=keep_head,
+            device=device,
+            workers=workers,
+            resume=resume,
+            tracker=track,
+            license=license,
+            dry_run=dry_run,
+            on_recipe=show,
+            on_plan=plan,
+            on_step=progress,
+            on_epoch=lambda epoch: _echo_epoch(epoch, err=as_json),
+            on_note=lambda sentence: typer.echo(f"smpconv-zoo: {sentence}", err=True),
+        )
+    if done is None:
+        return
+    if as_json:
+        _print_json(
+            {
+                "folder": str(done.folder),
+                "classes": list(done.classes),
+                "card": _plain(done.card),
+                "best": None if done.outcome.best is None else _plain(done.outcome.best),
+                "last": _plain(done.outcome.last),
+                "stopped_early": done.outcome.stopped_early,
+                "predict": done.predict_command,
+            }
+        )
+        return
+    best, last = done.outcome.best, done.outcome.last
+    if done.outcome.stopped_early:
+        typer.echo(f"stopped early, after epoch {last.epoch}")
+    if best is not None:
+        typer.echo(f"validation top-1 {best.top1:.2f} % in epoch {best.epoch}, which was kept")
+    typer.echo(f"wrote   {done.folder}: {len(done.classes)} classes, sha256 {done.card.files[0].sha256}")
+    typer.echo(f"next    {done.predict_command}")
 
 
 @app.command(
@@ -920,10 +1029,10 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _echo_epoch(epoch: EpochLog) -> None:
+def _echo_epoch(epoch: EpochLog, err: bool = False) -> None:
     chosen = "" if epoch.top1 is None else f"  top-1 {epoch.top1:.2f} %"
     speed = f"{epoch.samples_per_second:,.0f} samples/s"
-    typer.echo(f"epoch {epoch.epoch}  loss {epoch.train_loss:.4f}{chosen}  lr {epoch.lr:.2e}  {speed}")
+    typer.echo(f"epoch {epoch.epoch}  loss {epoch.train_loss:.4f}{chosen}  lr {epoch.lr:.2e}  {speed}", err=err)
 
 
 def _exit_on_difference(results: Sequence[EvaluationResult]) -> None:

@@ -80,7 +80,7 @@ ORDER_WITHIN = {
     ),
     "training": (
         ("augment", "batches", "groups", "recipe", "schedules", "step", "sync_norm", "world"),
-        ("checkpointing", "arrays", "images"),
+        ("checkpointing", "arrays", "images", "saving"),
         ("run_folder",),
         ("engine",),
         ("running",),
@@ -244,5 +244,5 @@ def test_public_names_exist_and_are_documented(path: Path) -> None:
 def test_the_front_page_is_small() -> None:
     import smpconv_zoo
 
-    assert sorted(smpconv_zoo.__all__) == smpconv_zoo.__all__ and len(smpconv_zoo.__all__) <= 11
+    assert sorted(smpconv_zoo.__all__) == smpconv_zoo.__all__ and len(smpconv_zoo.__all__) <= 12
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.\w+)?", smpconv_zoo.__version__)

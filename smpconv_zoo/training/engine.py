@@ -499,8 +499,8 @@ def _average(model: nn.Module, recipe: Recipe) -> ModelEmaV2 | ModelEmaV3 | None
 
 def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     if isinstance(recipe, SequenceRecipe):
-        return sequence_parameter_groups(model, recipe.lr, recipe.weight_decay)
-    groups = image_parameter_groups(model, recipe.weight_decay)
+        return sequence_parameter_groups(model, recipe.lr, recipe.weight_decay, recipe.layer_decay)
+    groups = image_parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
     return [{**group, "lr": recipe.lr * group["lr_scale"]} for group in groups]
 
 
