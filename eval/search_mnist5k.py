@@ -44,7 +44,7 @@ def main() -> None:
                 recipe, device=args.device, on_epoch=lambda epoch: log.write(dataclasses.asdict(epoch))
             )
             sys.stdout.write(
-                f"{checkpoint_id:28} {name:26} seed {seed}  validation {result.last.validation_top1:.1f}  "
+                f"{checkpoint_id:28} {name:26} seed {seed}  validation {result.last.top1:.1f}  "
                 f"loss {result.last.train_loss:.4f}  {result.last.seconds:.2f} s/epoch\n"
             )
             sys.stdout.flush()

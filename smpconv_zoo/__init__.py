@@ -7,7 +7,7 @@ from smpconv_zoo import ops
 from smpconv_zoo._version import __version__
 from smpconv_zoo.checkpoints import convert_checkpoint, create_model
 from smpconv_zoo.kernels import render_kernel
-from smpconv_zoo.layers import SMPConv1d, SMPConv2d, clip_radius_
+from smpconv_zoo.layers import SMPConv1d, SMPConv2d, attach_radius_clip, clip_radius_
 from smpconv_zoo.pretrained.cards import list_checkpoints
 from smpconv_zoo.pretrained.home import card_in_use as checkpoint_card
 from smpconv_zoo.streaming import CausalStream
@@ -17,6 +17,7 @@ __all__ = [
     "SMPConv1d",
     "SMPConv2d",
     "__version__",
+    "attach_radius_clip",
     "checkpoint_card",
     "clip_radius_",
     "convert_checkpoint",

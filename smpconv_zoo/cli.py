@@ -31,6 +31,8 @@ from smpconv_zoo.benchmarks.sequence import TASKS, SequenceTime, bench_sequence
 from smpconv_zoo.benchmarks.synthesis import SynthesisTime, bench_synthesis
 from smpconv_zoo.catalogue import NetworkFacts, list_networks, look_up, match_checkpoints, where_weights_come_from
 from smpconv_zoo.checkpoints import convert_file
+from smpconv_zoo.data.folders import open_pictures, unreadable_pictures
+from smpconv_zoo.data.stand_in import write_stand_in
 from smpconv_zoo.environment import keep_freed_memory, usable_device
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
@@ -46,8 +48,13 @@ from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.signing import generate_keys, sign_checkpoint, signature_required
 from smpconv_zoo.pretrained.store import CheckpointError
 from smpconv_zoo.publishing import ORGANISATION, Published, publish_checkpoint
-from smpconv_zoo.training.recipe import load_recipe, parse_overrides
-from smpconv_zoo.training.sequence import run_recipe
+from smpconv_zoo.training.engine import EpochLog, Stopped
+from smpconv_zoo.training.finetuning import FREEZES
+from smpconv_zoo.training.finetuning import finetune as finetune_network
+from smpconv_zoo.training.recipe import PROTOCOLS, ImageRecipe, SequenceRecipe, load_recipe, parse_overrides
+from smpconv_zoo.training.run_folder import TRACKERS
+from smpconv_zoo.training.running import train as run_training
+from smpconv_zoo.training.sequence import finish
 from smpconv_zoo.verifying import failed, find, verify_all
 from smpconv_zoo.verifying import verify as verify_one
 
@@ -109,6 +116,9 @@ def main() -> None:
     keep_freed_memory()
     try:
         app(prog_name="smpconv-zoo")
+    except Stopped as stopped:
+        typer.echo(f"smpconv-zoo: {stopped}", err=True)
+        sys.exit(128 + stopped.signal_number)
     except EXPECTED_ERRORS as error:
         typer.echo(f"smpconv-zoo: {_sentence(error)}", err=True)
         sys.exit(1)
@@ -352,31 +362,194 @@ def demo(
     _exit_on_difference(results)
 
 
-@app.command(epilog="Example: `smpconv-zoo train smpconv_tcn_mnist.smnist5k --set epochs=20 --out runs/try`")
+@app.command(
+    epilog="Example: `smpconv-zoo train smpconv_tcn_mnist.smnist5k --device cuda --out runs/try`, or "
+    "`torchrun --nproc-per-node 8 -m smpconv_zoo train smpconv_t.in1k --data-dir ~/in1k --device cuda --out runs/t`"
+)
 def train(
     checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint whose recipe to run.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; it must not hold another run.")],
+    data_dir: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Where the data lie; the digits of MNIST-5k need none.")
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch data that are missing, where it can be.")] = False,
     device: Device = "cpu",
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe (YAML).")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     final: Annotated[
         bool,
-        typer.Option("--final", help="Everything is chosen: train on train + validation, measure the test part once."),
+        typer.Option(
+            "--final", help="Everything is chosen: learn from what was chosen by as well; MNIST-5k is tested, once."
+        ),
     ] = False,
+    workers: Workers = 4,
+    check: Annotated[bool, typer.Option(help="Look at the header of every picture before the first step.")] = True,
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints; ends of epochs alone if not given.")
+    ] = None,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps between lines of the log.")] = 50,
+    track: Annotated[str | None, typer.Option(help=f"Metrics also go to one of {', '.join(TRACKERS)}.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
 ) -> None:
-    """Train a checkpoint by its recipe; log, weights and card go to a folder."""
+    """Train a checkpoint by its recipe, in one process or under torchrun; log, checkpoints, weights go to a folder.
+
+    After a crash, a kill or SIGTERM, `--resume` goes on from the last checkpoint as if nothing had happened.
+    """
     recipe = load_recipe(checkpoint_id, **parse_overrides(overrides or []))
-    for name, value in _plain(recipe).items():
-        typer.echo(f"{name:17} {value}")
+    if recipe.id.partition(".")[0] != recipe.network:
+        raise ValueError(f"{recipe.id} cannot be made from another network, {recipe.network!r}")
+
+    def show(plan: dict[str, Any], model: torch.nn.Module) -> None:
+        for title, entries in (("recipe", _plain(recipe)), ("plan", plan)):
+            typer.echo(f"{title}:")
+            for name, value in entries.items():
+                typer.echo(f"  {name:24} {value}")
+        typer.echo(f"protocol {recipe.protocol}: {PROTOCOLS[recipe.protocol]}")
+
     with _progress(recipe.id) as progress:
-        card, last = run_recipe(recipe, out, device, final, progress)
+        run = run_training(
+            recipe,
+            out,
+            data_dir=data_dir,
+            download=download,
+            final=final,
+            device=device,
+            workers=workers,
+            check=check,
+            resume=resume,
+            save_every=save_every,
+            log_every=log_every,
+            tracker=track,
+            dry_run=dry_run,
+            on_plan=show,
+            on_step=progress,
+            on_epoch=_echo_epoch,
+            on_note=lambda sentence: typer.echo(f"smpconv-zoo: {sentence}", err=True),
+            on_read=progress,
+        )
+    if run is None or not run.leads:
+        return
+    best, last = run.outcome.best, run.outcome.last
+    if run.outcome.stopped_early:
+        typer.echo(f"stopped early: nothing better for {recipe.early_stop} epochs")
     typer.echo(f"loss {last.train_loss:.4f} in the last of {last.epoch} epochs")
-    if last.validation_top1 is not None:
-        typer.echo(f"validation top-1 {last.validation_top1:.2f} %")
-    if card is not None and card.measured is not None:
+    if best is not None:
+        chosen = "test" if recipe.protocol == "reference" else "validation"
+        typer.echo(f"{chosen} top-1 {last.top1:.2f} % in the last epoch, {best.top1:.2f} % in the best, {best.epoch}")
+    if final and isinstance(recipe, SequenceRecipe) and recipe.data == "mnist5k":
+        card = finish(run, recipe, out, device)
+        assert card.measured is not None
         typer.echo(f"test top-1 {card.measured.top1:.2f} % ({card.measured.correct} of {card.measured.total})")
     typer.echo(f"wrote {out}")
+
+
+@app.command(
+    epilog="Example: `smpconv-zoo finetune smpconv_t --data-dir my_images --out runs/mine --device cuda`, "
+    "or `smpconv-zoo finetune smpconv_tcn --data-dir my_sequences --out runs/mine`"
+)
+def finetune(
+    name: Annotated[
+        str, typer.Argument(metavar="ID", help="A network, a checkpoint, `local-dir:PATH` or `hf-hub:ORG/NAME`.")
+    ],
+    data_dir: Annotated[
+        str, typer.Option(metavar="DIR", help="A folder of class folders, with train/ and val/ or without.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write to; it must not hold another run.")],
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Pixels of a side; the network's own if not given. Kernels follow.")
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data, at most.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=2, help="Samples of a step; by their number if not given.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Highest rate.")] = None,
+    freeze: Annotated[
+        str, typer.Option(help=f"What stays as it is: {', '.join(FREEZES)}. With backbone the classifier alone learns.")
+    ] = "none",
+    pretrained: Annotated[
+        bool | None, typer.Option(help="Start from weights, or from random ones; from weights wherever there are some.")
+    ] = None,
+    keep_head: Annotated[
+        bool, typer.Option("--keep-head", help="Go on with the classifier of the weights; the classes have to be its.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe (YAML).")
+    ] = None,
+    device: Device = "cpu",
+    workers: Workers = 4,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    track: Annotated[str | None, typer.Option(help=f"Metrics also go to one of {', '.join(TRACKERS)}.")] = None,
+    license: Annotated[str, typer.Option(help="Of the weights to come, for their card.")] = "not stated",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print the plan, and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a network on your own pictures, or .csv and .npy sequences, with any number of classes.
+
+    A part is set aside to choose by, unless there is a val/. The best epoch is saved with the names of the classes, in
+    a folder that `predict`, `export` and `timm.create_model` take.
+    """
+    values = {"image_size": image_size, "epochs": epochs, "batch_size": batch_size, "lr": lr}
+    chosen = {key: value for key, value in values.items() if value is not None} | parse_overrides(overrides or [])
+
+    def say(line: str) -> None:
+        # Of JSON nothing else may be on stdout.
+        typer.echo(line, err=as_json)
+
+    def show(recipe: SequenceRecipe | ImageRecipe) -> None:
+        say("recipe:")
+        for field, value in _plain(recipe).items():
+            say(f"  {field:24} {value}")
+
+    def plan(entries: dict[str, Any], model: torch.nn.Module) -> None:
+        say("plan:")
+        for field, value in entries.items():
+            say(f"  {field:24} {value}")
+
+    with _progress(name) as progress:
+        done = finetune_network(
+            name,
+            data_dir,
+            out,
+            overrides=chosen,
+            pretrained=pretrained,
+            freeze=freeze,
+            keep_head=keep_head,
+            device=device,
+            workers=workers,
+            resume=resume,
+            tracker=track,
+            license=license,
+            dry_run=dry_run,
+            on_recipe=show,
+            on_plan=plan,
+            on_step=progress,
+            on_epoch=lambda epoch: _echo_epoch(epoch, err=as_json),
+            on_note=lambda sentence: typer.echo(f"smpconv-zoo: {sentence}", err=True),
+        )
+    if done is None:
+        return
+    if as_json:
+        _print_json(
+            {
+                "folder": str(done.folder),
+                "classes": list(done.classes),
+                "card": _plain(done.card),
+                "best": None if done.outcome.best is None else _plain(done.outcome.best),
+                "last": _plain(done.outcome.last),
+                "stopped_early": done.outcome.stopped_early,
+                "predict": done.predict_command,
+            }
+        )
+        return
+    best, last = done.outcome.best, done.outcome.last
+    if done.outcome.stopped_early:
+        typer.echo(f"stopped early, after epoch {last.epoch}")
+    if best is not None:
+        typer.echo(f"validation top-1 {best.top1:.2f} % in epoch {best.epoch}, which was kept")
+    typer.echo(f"wrote   {done.folder}: {len(done.classes)} classes, sha256 {done.card.files[0].sha256}")
+    typer.echo(f"next    {done.predict_command}")
 
 
 @app.command(
@@ -485,6 +658,64 @@ def predict(
         typer.echo(f"smpconv-zoo: {failed_file.file}: {failed_file.reason}", err=True)
     if found.unreadable:
         raise typer.Exit(1)
+
+
+data = typer.Typer(no_args_is_help=True, help="Look at data sets of pictures, and make stand-ins.")
+app.add_typer(data, name="data")
+
+
+@data.command("check", epilog="Example: `smpconv-zoo data check ~/in1k --full`")
+def data_check(
+    place: Annotated[str, typer.Argument(metavar="DIR", help="Class folders, tar files, shards, or hfds/NAME.")],
+    full: Annotated[bool, typer.Option("--full", help="Decode every picture; its header and its end if not.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Count pictures and classes, and name every file that cannot be read; status 1 if there is one."""
+    pictures = open_pictures(place)
+    with _progress("pictures") as progress:
+        bad = unreadable_pictures(pictures, full=full, workers=workers, progress=progress)
+    parts = {"train": pictures.train, "validation": pictures.validation}
+    counts = {name: 0 if part is None else len(part.labels) for name, part in parts.items()}
+    if as_json:
+        unreadable = [{"file": name, "reason": reason} for name, reason in bad]
+        _print_json({"kind": pictures.kind, "classes": len(pictures.classes), **counts, "unreadable": unreadable})
+    else:
+        typer.echo(
+            f"{place}: {pictures.kind}, {len(pictures.classes):,} classes, {counts['train']:,} pictures to learn from, "
+            f"{counts['validation']:,} to validate on"
+        )
+        for name, reason in bad:
+            typer.echo(f"{name}: {reason}")
+    if bad:
+        typer.echo(f"smpconv-zoo: {len(bad):,} pictures cannot be read", err=True)
+        raise typer.Exit(1)
+
+
+@data.command("stand-in", epilog="Example: `smpconv-zoo data stand-in /tmp/in1k --classes 100 --per-class 128`")
+def data_stand_in(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
+    classes: Annotated[int, typer.Option(min=2, max=1000, help="Classes.")] = 1000,
+    per_class: Annotated[int, typer.Option(min=1, help="Pictures of each to learn from.")] = 4,
+    validation_per_class: Annotated[int, typer.Option(min=0, help="Pictures of each to validate on.")] = 1,
+    width: Annotated[int, typer.Option(min=8, help="Pixels.")] = 500,
+    height: Annotated[int, typer.Option(min=8, help="Pixels.")] = 375,
+    seed: Annotated[int, typer.Option(help="Of the pictures.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 8,
+) -> None:
+    """Write a folder of ImageNet's form, of synthetic JPEGs of its usual size: to rehearse a run and to time it."""
+    with _progress("pictures") as progress:
+        written = write_stand_in(
+            folder,
+            classes,
+            per_class,
+            (width, height),
+            seed,
+            validation_per_class=validation_per_class,
+            workers=workers,
+            progress=progress,
+        )
+    typer.echo(f"wrote {folder}: {written:,} pictures of {classes:,} classes, synthetic")
 
 
 bench = typer.Typer(no_args_is_help=True, help="Measure speed on this machine.")
@@ -796,6 +1027,12 @@ def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _echo_epoch(epoch: EpochLog, err: bool = False) -> None:
+    chosen = "" if epoch.top1 is None else f"  top-1 {epoch.top1:.2f} %"
+    speed = f"{epoch.samples_per_second:,.0f} samples/s"
+    typer.echo(f"epoch {epoch.epoch}  loss {epoch.train_loss:.4f}{chosen}  lr {epoch.lr:.2e}  {speed}", err=err)
 
 
 def _exit_on_difference(results: Sequence[EvaluationResult]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from smpconv_zoo.gpu import why_no_triton
 from smpconv_zoo.operators import gradient_operator, operator, transformed
-from smpconv_zoo.points import tents
+from smpconv_zoo.points import tents, without_radius
 
 __all__ = ["NORMALIZATIONS", "RENDERERS", "render_kernel", "render_kernel_reference"]
 
@@ -154,8 +154,8 @@ def _touched_taps(coords: Tensor, radius: Tensor, grid: Tensor, limit: float) ->
         limit: Pairs to visit at most.
     """
     axes = _axes(grid) if limit > 0 else None
-    # No number, or no positive radius: that is no tent, and what it gives the dense rendering says.
-    if axes is None or not bool((radius > 0).all()) or bool(coords.isnan().any()):
+    # What is not a number touches no taps that could be listed; what it gives the dense rendering says.
+    if axes is None or bool(radius.isnan().any()) or bool(coords.isnan().any()):
         return None
     dims = len(axes)
     first, number = [], []
@@ -170,6 +170,7 @@ def _touched_taps(coords: Tensor, radius: Tensor, grid: Tensor, limit: float) ->
         first.append((low if ascending else len(line) - high).flatten())
         number.append((high - low).flatten())
     pairs = number[0] if dims == 1 else number[0] * number[1]
+    pairs = torch.where(without_radius(radius).flatten(), 0, pairs)
     total = int(pairs.sum())
     if total > limit:
         return None
@@ -307,13 +308,15 @@ def _dense_gradients(
     distance = (points[..., :1] - places[0]).abs()
     for dim in range(1, grid.shape[0]):
         distance = distance + (points[..., dim : dim + 1] - places[dim]).abs()
-    distance = distance / radii.unsqueeze(2)
-    tent = torch.relu(1 - distance)
+    flat = without_radius(radii).unsqueeze(2)
+    reach = torch.where(flat, 1, radii.unsqueeze(2))
+    distance = distance / reach
+    tent = torch.relu(torch.where(flat, 0, torch.ones_like(reach)) - distance)
     touched = tent > 0
     factor = 1 / (touched.sum(dim=1, keepdim=True, dtype=tent.dtype) + 1e-6) if count else tent.new_ones(1)
     by_kernel = grad.reshape(*values.shape[:2], -1)
     grad_values = torch.matmul(by_kernel, (tent * factor).transpose(1, 2))
-    grad_tent = torch.matmul(values.transpose(1, 2), by_kernel) * factor * touched / radii.unsqueeze(2)
+    grad_tent = torch.matmul(values.transpose(1, 2), by_kernel) * factor * touched / reach
     # Infinitely far is not touched, and zero times infinity no number.
     grad_radius = (grad_tent * distance.clamp(max=1)).sum(2)
     toward = [torch.sign(places[dim] - points[..., dim : dim + 1]) for dim in range(grid.shape[0])]

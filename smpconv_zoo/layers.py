@@ -16,6 +16,7 @@ import torch
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
+from torch.utils.hooks import RemovableHandle
 
 from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel
 from smpconv_zoo.merged import (
@@ -46,7 +47,7 @@ from smpconv_zoo.ops import (
     unheard,
     why_not_fused,
 )
-from smpconv_zoo.points import tap_grid, tap_spacing
+from smpconv_zoo.points import tap_grid, tap_spacing, without_radius
 
 __all__ = [
     "ActivatedPair",
@@ -60,6 +61,7 @@ __all__ = [
     "MergedPair",
     "SMPConv1d",
     "SMPConv2d",
+    "attach_radius_clip",
     "clip_radius_",
     "parameter_roles",
 ]
@@ -411,9 +413,9 @@ class SMPConv1d(_PointKernel):
     def reach(self) -> int:
         """How many of the newest taps hold everything: no point touches an older one. Waits for the GPU, if on one."""
         with torch.no_grad():
-            # What is no tent may reach anywhere.
-            tent = (self.radius > 0) & ~self.coords[..., 0].isnan()
-            oldest = torch.where(tent, self.coords[..., 0] - self.radius, -torch.inf).min()
+            # What is not a number may reach anywhere, a point without radius reaches nothing.
+            oldest = (self.coords[..., 0] - self.radius).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+            oldest = torch.where(without_radius(self.radius), torch.inf, oldest).min()
             taps = self.kernel_size[0]
             # One tap more: whether the tap at the very edge is touched is for the rendering to decide.
             first = int(torch.searchsorted(self.grid[0].contiguous(), oldest)) - 1
@@ -704,11 +706,33 @@ def _is_depthwise(conv: nn.Conv2d) -> bool:
 def clip_radius_(model: nn.Module) -> None:
     """Clamp the radii of every SMPConv layer of ``model`` into its bounds, in place.
 
-    Training calls this after every optimizer step; a radius that reaches zero or below no longer describes a tent.
+    Training calls this after every optimizer step, or lets :func:`attach_radius_clip` do so. A point whose radius
+    reaches zero touches nothing, and learns no more.
     """
     for module in model.modules():
         if isinstance(module, _PointKernel):
             module.clip_radius_()
+
+
+def attach_radius_clip(optimizer: torch.optim.Optimizer, model: nn.Module) -> RemovableHandle:
+    """Let every step of ``optimizer`` end with :func:`clip_radius_`, so that a training loop need not think of it.
+
+    A step that is not taken, because a gradient scaler met an overflow, is followed by no clip.
+
+    Args:
+        optimizer: Whatever moves the radii.
+        model: The network, or what it is wrapped in.
+
+    Returns:
+        A handle; its ``remove()`` ends it.
+    """
+
+    def clip(*_: object) -> None:
+        clip_radius_(model)
+
+    # timm's Lookahead never calls its own hooks. What it mixes with clipped radii are radii clipped before.
+    inner: torch.optim.Optimizer = getattr(optimizer, "_base_optimizer", optimizer)
+    return inner.register_step_post_hook(clip)
 
 
 def parameter_roles(model: nn.Module) -> dict[str, str]:

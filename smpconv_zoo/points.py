@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["resampled_grid", "tap_grid", "tap_spacing", "tents"]
+__all__ = ["resampled_grid", "tap_grid", "tap_spacing", "tents", "without_radius"]
 
 
 def tap_grid(
@@ -94,13 +94,26 @@ def tents(coords: Tensor, radius: Tensor, grid: Tensor) -> Tensor:
         grid: Tap coordinates, ``(d, *taps)``; see :func:`tap_grid`.
 
     Returns:
-        ``(..., points, *taps)``, in ``[0, 1]`` for positive radii.
+        ``(..., points, *taps)``, in ``[0, 1]``; zero throughout for points of :func:`without_radius`, and so are their
+        gradients.
     """
     taps = grid.dim() - 1
     distance = (_expand(coords[..., 0], taps) - grid[0]).abs()
     for axis in range(1, grid.size(0)):
         distance = distance + (_expand(coords[..., axis], taps) - grid[axis]).abs()
-    return torch.relu(1 - distance / _expand(radius, taps))
+    # A tent of height 0 instead of one of no width: neither it nor its slope is divided by zero.
+    flat = without_radius(radius)
+    height = torch.where(flat, torch.zeros_like(radius), torch.ones_like(radius))
+    reach = torch.where(flat, torch.ones_like(radius), radius)
+    return torch.relu(_expand(height, taps) - distance / _expand(reach, taps))
+
+
+def without_radius(radius: Tensor) -> Tensor:
+    """Which points touch nothing: their radius is zero, below, or so near to zero that the slope of a tent overflows.
+
+    No clipped radius is among them. What is not a number is none of them either: it must not pass for silence.
+    """
+    return radius <= 1e-12
 
 
 def _expand(values: Tensor, dims: int) -> Tensor:

@@ -12,7 +12,6 @@ What files are taken, one sample or more each:
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import io
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from smpconv_zoo.data.series import SEQUENCE_FILES, read_sequences
 from smpconv_zoo.description import Description, Preprocessing, load_described
 from smpconv_zoo.environment import usable_device
 from smpconv_zoo.exported import FORMATS, Network, open_exported
@@ -46,8 +46,6 @@ __all__ = [
     "predict_files",
     "write_predictions",
 ]
-
-SEQUENCES = (".csv", ".npy")
 
 # Below so many files a process, starting it takes longer than reading them.
 FILES_PER_WORKER = 32
@@ -202,7 +200,7 @@ class Reader:
         self.preprocessing = preprocessing
         self.any_length = any_length
         self.takes_pictures = preprocessing.kind == "image" or preprocessing.pixels is not None
-        sequences = () if preprocessing.kind == "image" else SEQUENCES
+        sequences = () if preprocessing.kind == "image" else SEQUENCE_FILES
         self.suffixes = (*sequences, *(IMG_EXTENSIONS if self.takes_pictures else ()))
         self.transform: Any = None
         if preprocessing.kind == "image":
@@ -223,9 +221,9 @@ class Reader:
             ValueError: It cannot be read, or it holds something else.
         """
         suffix = path.suffix.lower()
-        if suffix in SEQUENCES and self.preprocessing.kind == "sequence":
+        if suffix in SEQUENCE_FILES and self.preprocessing.kind == "sequence":
             return self._sequences(path)
-        if suffix in SEQUENCES or not self.takes_pictures:
+        if suffix in SEQUENCE_FILES or not self.takes_pictures:
             raise ValueError(f"this network takes files that end in {', '.join(self.suffixes)}")
         return self._picture(path)
 
@@ -250,21 +248,11 @@ class Reader:
         return self._normalised(pixels.reshape(height * width, channels).T[None])
 
     def _sequences(self, path: Path) -> Tensor:
-        try:
-            values = _read_npy(path) if path.suffix.lower() == ".npy" else _read_csv(path)
-        except OSError as error:
-            raise ValueError(f"it cannot be read: {error.strerror or error}") from error
         channels, length = self.preprocessing.input_size
-        shape = values.shape
-        if values.ndim == 1 and channels == 1:
-            values = values[None, None]
-        elif values.ndim == 2:
-            values = values[:, None] if channels == 1 else values[None]
-        if values.ndim != 3 or values.shape[1] != channels or 0 in values.shape:
-            raise ValueError(f"shape {shape} is no sequence of {channels} channels, (C, L) or (N, C, L)")
+        values = read_sequences(path, channels)
         if values.shape[2] != length and not self.any_length:
             raise ValueError(
-                f"sequences of {values.shape[2]} steps (shape {shape}), the network was made for {length}; "
+                f"sequences of {values.shape[2]} steps (shape {values.shape}), the network was made for {length}; "
                 "--any-length (any_length=True) takes them anyway"
             )
         if not np.isfinite(values).all():
@@ -357,43 +345,6 @@ def _batches(
             progress(position + 1, len(files))
     if samples:
         yield keys, torch.stack(samples)
-
-
-def _read_npy(path: Path) -> np.ndarray:
-    try:
-        values = np.load(path, allow_pickle=False)
-    except (EOFError, ValueError) as error:
-        raise ValueError(f"it is no .npy file, or it is damaged: {_line(error)}") from error
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu":
-        raise ValueError(f"it holds {getattr(values, 'dtype', type(values).__name__)}, not numbers")
-    return values.astype(np.float32)
-
-
-def _read_csv(path: Path) -> np.ndarray:
-    """Rows of numbers, the first may be titles; a single column is one sequence, ``(L,)``."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"it is no .csv file: {_line(error)}") from error
-    if rows and not any(map(_is_number, rows[0])):
-        rows = rows[1:]
-    if not rows:
-        raise ValueError("it holds no numbers")
-    if len({len(row) for row in rows}) > 1:
-        raise ValueError(f"its rows have different lengths, from {min(map(len, rows))} to {max(map(len, rows))}")
-    try:
-        values = np.array(rows, dtype=np.float32)
-    except ValueError as error:
-        raise ValueError(f"it holds something else than numbers: {_line(error)}") from error
-    return values[:, 0] if values.shape[1] == 1 else values
-
-
-def _is_number(text: str) -> bool:
-    with contextlib.suppress(ValueError):
-        float(text)
-        return True
-    return False
 
 
 def _line(error: Exception) -> str:

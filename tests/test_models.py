@@ -416,11 +416,16 @@ def test_coordinates_and_radii_do_not_decay(name: str) -> None:
     assert settings[first]["weight_decay"] == 0.05 and settings[first]["lr_scale"] < 0.7
 
 
+@pytest.mark.parametrize("way", ["forward", "forward_intermediates"])
+@pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("name", KINDS)
-def test_checkpointing_of_gradients_changes_nothing(name: str) -> None:
+def test_checkpointing_of_gradients_changes_nothing(name: str, momentum: float | None, way: str) -> None:
     x, results = example(name), []
     for enable in (False, True):
-        model = small(name, drop_path_rate=0.0, **no_dropout(name)).train()
+        model = small(name).train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.momentum = momentum
         model.set_grad_checkpointing(enable)
         calls = 0
 
@@ -430,10 +435,27 @@ def test_checkpointing_of_gradients_changes_nothing(name: str) -> None:
 
         block = model.stages[0].blocks[0] if name in STAGED else model.blocks[0]
         block.register_forward_pre_hook(count)
-        y = model(x)
+        # Dropout and drop path draw the same again.
+        torch.manual_seed(1)
+        y = model(x) if way == "forward" else model.forward_intermediates(x)[0]
         y.square().sum().backward()
         assert calls == 1 + enable
-        results.append((y, [p.grad for p in model.parameters()]))
+        # Running statistics among them: the batch was there once.
+        gradients = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        results.append((y, gradients, model.state_dict()))
+        assert all(module.momentum == momentum for module in model.modules() if hasattr(module, "running_mean"))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_checkpointing_of_gradients_compiles(name: str) -> None:
+    torch.compiler.reset()
+    x, results = example(name), []
+    for enable in (False, True):
+        model = small(name, drop_path_rate=0.0, **no_dropout(name)).train()
+        model.set_grad_checkpointing(enable)
+        torch.compile(model, backend="aot_eager")(x).square().sum().backward()
+        results.append(({key: p.grad for key, p in model.named_parameters()}, model.state_dict()))
     torch.testing.assert_close(results[0], results[1], **FLOAT32)
 
 

@@ -421,12 +421,24 @@ def test_what_is_no_tent_gives_what_the_twin_gives(
         assert ours[1].isnan().all() and not ours[0].isnan().any()
 
 
-@pytest.mark.parametrize(("coord", "radius"), [(0.9, 0.0), (0.9, -0.1), (0.9, math.nan), (math.nan, 0.1)])
-def test_a_layer_reaches_all_the_way_for_what_is_no_tent(coord: float, radius: float) -> None:
+@pytest.mark.parametrize(("coord", "radius"), [(0.9, math.nan), (math.nan, 0.1), (-math.inf, 0.1), (0.0, math.inf)])
+def test_a_layer_reaches_all_the_way_for_what_is_no_number(coord: float, radius: float) -> None:
     layer = SMPConv1d(1, 1, 50, n_points=3)
     with torch.no_grad():
         layer.coords[0, 1], layer.radius[0, 1] = coord, radius
     assert layer.reach() == 50
+
+
+@pytest.mark.parametrize("radius", [0.0, -0.1, 1e-20])
+def test_a_point_without_radius_is_not_reached_for(radius: float) -> None:
+    layer = SMPConv1d(1, 1, 50, n_points=3)
+    with torch.no_grad():
+        layer.coords.fill_(0.9)
+        reach = layer.reach()
+        layer.coords[0, 1], layer.radius[0, 1] = -0.9, radius
+        assert layer.reach() == reach < 50
+        layer.radius.fill_(radius)
+        assert layer.reach() == 1
 
 
 # --- memory

@@ -66,8 +66,8 @@ ORDER_WITHIN = {
     ),
     "models": (("sizes",), ("build",), ("image", "sequence"), ("__init__",)),
     "data": (
-        ("mfcc", "protocol", "ts_files"),
-        ("folders", "mnist5k", "speech_commands", "stand_in"),
+        ("folders", "mfcc", "protocol", "stand_in", "ts_files"),
+        ("mnist5k", "series", "speech_commands"),
         ("classes", "pictures"),
         ("__init__",),
     ),
@@ -80,9 +80,10 @@ ORDER_WITHIN = {
     ),
     "training": (
         ("augment", "batches", "groups", "recipe", "schedules", "step", "sync_norm", "world"),
-        ("checkpointing", "arrays", "images"),
+        ("checkpointing", "arrays", "images", "saving"),
         ("run_folder",),
         ("engine",),
+        ("running",),
         ("sequence", "finetuning"),
         ("__init__",),
     ),
@@ -255,5 +256,5 @@ def test_public_names_exist_and_are_documented(path: Path) -> None:
 def test_the_front_page_is_small() -> None:
     import smpconv_zoo
 
-    assert sorted(smpconv_zoo.__all__) == smpconv_zoo.__all__ and len(smpconv_zoo.__all__) <= 11
+    assert sorted(smpconv_zoo.__all__) == smpconv_zoo.__all__ and len(smpconv_zoo.__all__) <= 12
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.\w+)?", smpconv_zoo.__version__)

@@ -11,23 +11,25 @@ import torch
 
 from smpconv_zoo.pretrained.cards import load_card
 from smpconv_zoo.pretrained.store import read_safetensors
-from smpconv_zoo.training import sequence
+from smpconv_zoo.training import arrays, sequence
 from smpconv_zoo.training.augment import augment_digits
-from smpconv_zoo.training.recipe import SequenceRecipe, list_recipes, load_recipe, parse_overrides
+from smpconv_zoo.training.recipe import SequenceRecipe, load_recipe, parse_overrides
+from smpconv_zoo.training.running import train
 from smpconv_zoo.training.step import TrainingStep
 
 TINY = {"network": "test_smpconv_tcn", "epochs": 2, "warmup_epochs": 1, "lr": 3e-3}
 
 
 def test_every_embedded_checkpoint_has_its_recipe_inside():
-    assert list_recipes() == [
+    from smpconv_zoo.pretrained.cards import weights_dir
+
+    embedded = sorted(path.stem for path in weights_dir().glob("*.safetensors"))
+    assert embedded == [
         "smpconv_resnet_mnist.mnist5k",
         "smpconv_tcn_mnist.pmnist5k",
         "smpconv_tcn_mnist.smnist5k",
     ]
-    from smpconv_zoo.pretrained.cards import weights_dir
-
-    for name in list_recipes():
+    for name in embedded:
         metadata = read_safetensors(weights_dir() / f"{name}.safetensors")[1]
         recipe = dataclasses.asdict(load_recipe(name))
         # What recipes hold since, the network was trained without.
@@ -55,7 +57,7 @@ def test_a_wrong_recipe_is_refused_before_anything_runs(overrides, message):
 
 def test_an_unknown_recipe_lists_near_names():
     with pytest.raises(ValueError, match=r"did you mean smpconv_tcn_mnist\.smnist5k"):
-        load_recipe("smpconv_tcn_mnist.smnist")
+        load_recipe("smpconv_tcn_mnist.smnist6k")
 
 
 def test_overrides_are_yaml():
@@ -130,25 +132,24 @@ def test_the_test_part_is_out_of_reach_while_training():
         sequence.train_sequences(recipe, validation_split="test")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch):
-    recipe = _tiny_recipe(lr=1e20)
+def test_a_loss_that_is_not_finite_stops_the_search(monkeypatch):
     monkeypatch.setattr(sequence, "mnist5k_images", _few_images)
     with pytest.raises(FloatingPointError, match="lower the rate"):
-        sequence.run_recipe(recipe, tmp_path, "cpu", final=False)
-    assert list(tmp_path.iterdir()) == []
+        sequence.train_sequences(_tiny_recipe(lr=1e20))
 
 
 def test_a_final_run_writes_log_weights_and_card_that_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrays, "mnist5k_images", _few_images)
     monkeypatch.setattr(sequence, "mnist5k_images", _few_images)
     recipe = _tiny_recipe(input="permuted sequence", permutation_seed=0)
-    card, last = sequence.run_recipe(recipe, tmp_path, "cpu", final=True)
+    run = train(recipe, tmp_path, final=True)
+    card = sequence.finish(run, recipe, tmp_path, "cpu")
+    last = run.outcome.last
     assert last.epoch == 2
-    assert last.validation_top1 is None
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        f"{recipe.id}.json",
-        f"{recipe.id}.jsonl",
-        f"{recipe.id}.safetensors",
-    ]
+    assert last.top1 is None
+    assert {f"{recipe.id}.json", f"{recipe.id}.jsonl", f"{recipe.id}.safetensors", "metrics.csv"} <= {
+        path.name for path in tmp_path.iterdir()
+    }
     assert load_card(tmp_path / f"{recipe.id}.json") == card
     _, metadata = read_safetensors(tmp_path / f"{recipe.id}.safetensors", card.files[0].sha256)
     assert sorted(json.loads(metadata["permutation"])) == list(range(784))
@@ -156,18 +157,13 @@ def test_a_final_run_writes_log_weights_and_card_that_fit(tmp_path, monkeypatch)
     assert lines[0]["recipe"] == dataclasses.asdict(recipe)
     assert [line["epoch"] for line in lines[1:3]] == [1, 2]
     assert lines[3]["correct"] == card.measured.correct
-    with pytest.raises(FileExistsError, match="log of another run, which was left as it was"):
-        sequence.run_recipe(recipe, tmp_path, "cpu", final=True)
-
-
-def test_a_checkpoint_is_made_from_its_own_network(tmp_path):
-    with pytest.raises(ValueError, match="cannot be made from another network, 'test_smpconv_tcn'"):
-        sequence.run_recipe(load_recipe("smpconv_tcn_mnist.smnist5k", **TINY), tmp_path, "cpu", final=False)
+    with pytest.raises(FileExistsError, match="log of a finished run, left as it was"):
+        sequence.finish(run, recipe, tmp_path, "cpu")
 
 
 def test_a_device_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ValueError, match="device 'cuda:99' cannot be used"):
-        sequence.run_recipe(_tiny_recipe(), tmp_path / "run", "cuda:99", final=False)
+        train(_tiny_recipe(), tmp_path / "run", device="cuda:99")
     assert list(tmp_path.iterdir()) == []
 
 

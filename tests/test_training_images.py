@@ -155,6 +155,11 @@ def test_processes_share_the_pictures_of_a_step(folder: Path) -> None:
             (torch.cat([x.flatten(0, 1) for x, _ in shares]), torch.cat([y.flatten(0, 1) for _, y in shares])),
             (one[0].flatten(0, 1), one[1].flatten(0, 1)),
         )
+    # As the authors do it, a process mixes its whole share at one strength.
+    for protocol, strengths in (("reference", 1), ("sound", 4)):
+        mixed = data(pictures, batch_size=32, mixup=0.8, smoothing=0.0, protocol=protocol)
+        shares = next(mixed.epoch(0))[1].max(1).values
+        assert len({round(float(share), 5) for share in shares if share < 1}) == strengths
     whole = [(x, y) for x, y in data(pictures).validation()]
     assert [len(y) for _, y in whole] == [8, 1]
     parts = [list(data(pictures, World(CPU, rank, 4)).validation()) for rank in range(4)]

@@ -1,4 +1,4 @@
-"""Test parts of MNIST, CIFAR-10 and ImageNet-1k from files on disk, read by torchvision.
+"""MNIST and CIFAR-10, and the validation part of ImageNet-1k, from files on disk, read by torchvision.
 
 Normalized as in the authors' code (sangnekim/SMPConv, commit de4e59a), which takes ImageNet's statistics for CIFAR-10.
 """
@@ -17,6 +17,7 @@ from smpconv_zoo.data.mnist5k import MEAN, STD
 
 __all__ = [
     "cifar10_test",
+    "cifar10_train",
     "download_cifar10",
     "download_mnist",
     "has_cifar10",
@@ -24,6 +25,7 @@ __all__ = [
     "has_mnist",
     "imagenet_validation",
     "mnist_test",
+    "mnist_train",
 ]
 
 
@@ -72,10 +74,12 @@ def mnist_test(root: Path) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: The files are not there, or not of this format.
     """
-    data = _open(MNIST, root)
-    if data.data.shape[1:] != (28, 28) or len(data.data) != len(data.targets):
-        raise ValueError(f"MNIST in {root}: {tuple(data.data.shape)} images and {len(data.targets)} labels do not fit")
-    return (data.data[:, None].to(torch.float32) / 255 - MEAN) / STD, data.targets
+    return _mnist(root, train=False)
+
+
+def mnist_train(root: Path) -> tuple[Tensor, Tensor]:
+    """The training part of MNIST, 60,000 digits, as :func:`mnist_test`; the files of the test part stay closed."""
+    return _mnist(root, train=True)
 
 
 def cifar10_test(root: Path) -> tuple[Tensor, Tensor]:
@@ -87,7 +91,23 @@ def cifar10_test(root: Path) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: The files are not there, or their md5 is not that of the published ones.
     """
-    data = _open(CIFAR10, root)
+    return _cifar10(root, train=False)
+
+
+def cifar10_train(root: Path) -> tuple[Tensor, Tensor]:
+    """The training part of CIFAR-10, 50,000 images, as :func:`cifar10_test`."""
+    return _cifar10(root, train=True)
+
+
+def _mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    data = _open(MNIST, root, train)
+    if data.data.shape[1:] != (28, 28) or len(data.data) != len(data.targets):
+        raise ValueError(f"MNIST in {root}: {tuple(data.data.shape)} images and {len(data.targets)} labels do not fit")
+    return (data.data[:, None].to(torch.float32) / 255 - MEAN) / STD, data.targets
+
+
+def _cifar10(root: Path, train: bool) -> tuple[Tensor, Tensor]:
+    data = _open(CIFAR10, root, train)
     mean, std = (torch.tensor(c)[:, None, None] for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
     x = torch.from_numpy(data.data).permute(0, 3, 1, 2).to(torch.float32) / 255
     return (x - mean) / std, torch.tensor(data.targets)
@@ -123,10 +143,10 @@ def _read_image(path: str) -> Image.Image:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
-def _open(kind: type[Any], root: Path, download: bool = False) -> Any:
-    """A test part as torchvision reads it."""
+def _open(kind: type[Any], root: Path, train: bool = False, download: bool = False) -> Any:
+    """A part as torchvision reads it."""
     try:
-        return kind(str(root), train=False, download=download)
+        return kind(str(root), train=train, download=download)
     except PermissionError:
         raise
     except Exception as error:  # RuntimeErrors, assertions, pickle's errors and more: whatever the files bring about

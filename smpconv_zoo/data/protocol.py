@@ -3,7 +3,7 @@
 Paper: Kim & Park, "SMPConv: Self-moving Point Representations for Continuous Convolution", CVPR 2023,
 https://arxiv.org/abs/2304.02330. The protocol follows the authors' public code (sangnekim/SMPConv, commit de4e59a),
 including the choices the paper does not spell out: which seed draws what, and that statistics are taken per time step.
-No line is taken from that code; its numbers are reproduced and tested.
+No line is taken from that code; its numbers are reproduced and tested. `hold_out` alone is ours.
 
 A batch of series is `(N, C, L)`: N series, C channels, L time steps. A missing value is NaN until
 `append_observed_mask`.
@@ -20,6 +20,7 @@ __all__ = [
     "character_trajectories",
     "drop_positions",
     "dropped_positions",
+    "hold_out",
     "labels_by_first_appearance",
     "normalize",
     "pad_series",
@@ -65,6 +66,35 @@ def split_70_15_15(labels: np.ndarray | Tensor | Sequence[int]) -> tuple[np.ndar
     train, rest = train_test_split(samples, train_size=0.7, random_state=0, stratify=labels)
     validation, test = train_test_split(rest, train_size=0.5, random_state=1, stratify=labels[rest])
     return train, validation, test
+
+
+def hold_out(labels: np.ndarray | Tensor | Sequence[int], share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Set a part of the training data aside to choose by, the same share of every class, always the same samples.
+
+    One numpy legacy generator of seed 0 (its streams are frozen across versions) draws class by class; of each class
+    the share is rounded, to 1 at least and so that 1 at least is left.
+
+    Args:
+        labels: (N,) class of each sample.
+        share: of each class, in (0, 1).
+
+    Returns:
+        Two int64 index arrays into `labels`, ascending: to learn from, and to choose by.
+
+    Raises:
+        ValueError: `labels` is not one-dimensional, `share` is out of range, or a class has a single sample.
+    """
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not 0 < share < 1:
+        raise ValueError(f"needs labels (N,) and a share in (0, 1), got shape {labels.shape} and {share}.")
+    generator = np.random.RandomState(0)
+    aside = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        order = generator.permutation(np.flatnonzero(labels == label))
+        if len(order) < 2:
+            raise ValueError(f"class {label} has a single sample: none can be set aside.")
+        aside[order[: min(max(round(share * len(order)), 1), len(order) - 1)]] = True
+    return np.flatnonzero(~aside), np.flatnonzero(aside)
 
 
 def normalize(train: Tensor, *others: Tensor) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ followed: the authors split the clips in the order in which their file system li
 
 import contextlib
 import wave
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from smpconv_zoo.data.mfcc import mfcc
-from smpconv_zoo.data.protocol import split_70_15_15
+from smpconv_zoo.data.protocol import append_observed_mask, dropped_positions, split_70_15_15
 
-__all__ = ["WORDS", "SpeechCommandsTest", "clip_samples", "read_clip"]
+__all__ = ["WORDS", "SpeechCommandsTest", "clip_samples", "read_clip", "speech_commands_parts"]
 
 # Their order is the number of their class.
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -27,6 +27,11 @@ WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
 SAMPLE_RATE = 16000
 # Training clips held at a time while their statistics are taken.
 CHUNK = 256
+
+# Of clips that cannot be read, so many are named.
+NAMED = 5
+
+PARTS = ("train", "validation", "test")
 
 
 class SpeechCommandsTest(Dataset[tuple[Tensor, int]]):
@@ -43,14 +48,9 @@ class SpeechCommandsTest(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, folder: Path, as_mfcc: bool) -> None:
         self.as_mfcc = as_mfcc
-        clips = [(path, y) for y, word in enumerate(WORDS) for path in sorted((folder / word).glob("*.wav"))]
-        clips = [(path, y) for path, y in clips if clip_samples(path) == SAMPLE_RATE]
-        try:
-            train, _, test = split_70_15_15([y for _, y in clips])
-        except ValueError as error:
-            raise ValueError(f"the {len(clips)} clips of one second in {folder} cannot be split: {error}") from error
-        self.train = [clips[i][0] for i in train]
-        self.test = [clips[i] for i in test]
+        clips, parts = _split_clips(folder)
+        self.train = [clips[i][0] for i in parts["train"]]
+        self.test = [clips[i] for i in parts["test"]]
 
     def __len__(self) -> int:
         return len(self.test)
@@ -58,7 +58,7 @@ class SpeechCommandsTest(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, y = self.test[index]
         mean, std = self.statistics
-        return (self._features([path])[0] - mean) / (std + 1e-5), y
+        return (_features([path], self.as_mfcc)[0] - mean) / (std + 1e-5), y
 
     @cached_property
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -67,20 +67,105 @@ class SpeechCommandsTest(Dataset[tuple[Tensor, int]]):
         Equivalent to what :func:`smpconv_zoo.data.protocol.normalize` takes, with a few clips in memory at a time. The
         first use reads the whole training part.
         """
-        count, total, squares = 0, torch.zeros(()), torch.zeros(())
-        for start in range(0, len(self.train), CHUNK):
-            x = self._features(self.train[start : start + CHUNK]).double()
-            count += x.shape[0] * x.shape[1]
-            total = total + x.sum(dim=(0, 1))
-            squares = squares + x.square().sum(dim=(0, 1))
-        mean = total / count
-        variance = (squares - count * mean.square()).clamp(min=0) / (count - 1)
-        return mean.float(), variance.sqrt().float()
+        chunks = (self.train[start : start + CHUNK] for start in range(0, len(self.train), CHUNK))
+        return _statistics(_features(paths, self.as_mfcc) for paths in chunks)
 
-    def _features(self, paths: Sequence[Path]) -> Tensor:
-        """(N, 20, 161) or (N, 1, 16000), not normalized."""
-        waveforms = torch.stack([read_clip(path) for path in paths])
-        return mfcc(waveforms) if self.as_mfcc else waveforms[:, None]
+
+def speech_commands_parts(
+    folder: Path,
+    as_mfcc: bool,
+    wanted: Sequence[str] = ("train", "validation"),
+    dropped: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Whole parts in memory: of 35,000 waveforms or MFCCs 2.2 or 0.5 GB.
+
+    Args:
+        folder: See :class:`SpeechCommandsTest`.
+        as_mfcc: Whether a sample is (20, 161) MFCCs or the waveform, (1, 16000).
+        wanted: Parts to read, of ``"train"``, ``"validation"`` and ``"test"``; the clips of others stay closed, but for
+            their headers. The training part is read in any case, for the statistics.
+        dropped: Percent of the time steps that are left out, with the mask of the others as one more channel.
+        progress: Called with the clips read and in all.
+
+    Returns:
+        For every part wanted x (N, C, L) float32, normalized, and y (N,) int64.
+
+    Raises:
+        ValueError: Clips that cannot be read, by name, or too few to split.
+        ImportError: scikit-learn, which draws the split, is not installed.
+    """
+    clips, parts = _split_clips(folder)
+    names = [name for name in PARTS if name == "train" or name in wanted]
+    total, refused = sum(len(parts[name]) for name in names), []
+    length = SAMPLE_RATE // 100 + 1 if as_mfcc else SAMPLE_RATE
+    # The draws go through all clips in order, whatever is read of them.
+    positions = dropped_positions(len(clips), length, dropped) if dropped > 0 else None
+    found, done = {}, 0
+    for name in names:
+        chunks = []
+        for start in range(0, len(parts[name]), CHUNK):
+            index = parts[name][start : start + CHUNK]
+            waveforms = []
+            for i in index:
+                try:
+                    waveforms.append(read_clip(clips[i][0]))
+                except ValueError as error:
+                    refused.append(str(error))
+            done += len(index)
+            if not refused:
+                x = _as_features(torch.stack(waveforms), as_mfcc)
+                if positions is not None:
+                    at = positions[torch.from_numpy(index)]
+                    x = x.scatter(2, at[:, None].expand(-1, x.shape[1], -1), torch.nan)
+                chunks.append(x)
+            if progress is not None:
+                progress(done, total)
+        found[name] = chunks
+    if refused:
+        more = f"; and {len(refused) - NAMED} more" if len(refused) > NAMED else ""
+        raise ValueError(f"{len(refused)} clips cannot be read: {'; '.join(refused[:NAMED])}{more}")
+    mean, std = _statistics(found["train"])
+    out = {}
+    for name in names:
+        chunks = [x.sub_(mean).div_(std + 1e-5) for x in found.pop(name)]
+        if name in wanted:
+            x = torch.cat([append_observed_mask(x) for x in chunks] if dropped > 0 else chunks)
+            out[name] = (x, torch.tensor([clips[i][1] for i in parts[name]]))
+    return out
+
+
+def _split_clips(folder: Path) -> tuple[list[tuple[Path, int]], dict[str, np.ndarray]]:
+    """Clips of one second and their classes, in the order of their names; and which of them are in which part."""
+    clips = [(path, y) for y, word in enumerate(WORDS) for path in sorted((folder / word).glob("*.wav"))]
+    clips = [(path, y) for path, y in clips if clip_samples(path) == SAMPLE_RATE]
+    try:
+        parts = split_70_15_15([y for _, y in clips])
+    except ValueError as error:
+        raise ValueError(f"the {len(clips)} clips of one second in {folder} cannot be split: {error}") from error
+    return clips, dict(zip(PARTS, parts, strict=True))
+
+
+def _features(paths: Sequence[Path], as_mfcc: bool) -> Tensor:
+    """(N, 20, 161) or (N, 1, 16000), not normalized."""
+    return _as_features(torch.stack([read_clip(path) for path in paths]), as_mfcc)
+
+
+def _as_features(waveforms: Tensor, as_mfcc: bool) -> Tensor:
+    return mfcc(waveforms) if as_mfcc else waveforms[:, None]
+
+
+def _statistics(chunks: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased deviation of each time step over clips and channels; NaN is left out."""
+    count, total, squares = torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for chunk in chunks:
+        x = chunk.double()
+        count = count + (~x.isnan()).sum(dim=(0, 1))
+        total = total + x.nansum(dim=(0, 1))
+        squares = squares + x.square().nansum(dim=(0, 1))
+    mean = total / count
+    variance = (squares - count * mean.square()).clamp(min=0) / (count - 1)
+    return mean.float(), variance.sqrt().float()
 
 
 def clip_samples(path: Path) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["read_ts"]
+__all__ = ["read_ts", "read_ts_parts"]
 
 
 def read_ts(path: Path) -> tuple[list[list[np.ndarray]], list[str]]:
@@ -53,3 +53,9 @@ def read_ts(path: Path) -> tuple[list[list[np.ndarray]], list[str]]:
     if not series:
         raise ValueError(f"{path} holds no series: it is not a .ts file, or its end is missing")
     return series, labels
+
+
+def read_ts_parts(folder: Path, name: str) -> tuple[list[list[np.ndarray]], list[str]]:
+    """The series of ``<name>_TRAIN.ts`` and behind them those of ``<name>_TEST.ts``, as :func:`read_ts`."""
+    (train, train_labels), (test, test_labels) = (read_ts(folder / f"{name}_{part}.ts") for part in ("TRAIN", "TEST"))
+    return train + test, train_labels + test_labels

@@ -22,12 +22,12 @@ from smpconv_zoo.data import pictures
 from smpconv_zoo.data.mnist5k import mnist5k_images, mnist5k_sequences
 from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
 from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest
-from smpconv_zoo.data.ts_files import read_ts
+from smpconv_zoo.data.ts_files import read_ts_parts
 from smpconv_zoo.pretrained.cards import CheckpointCard
 from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError
 
-__all__ = ["EvaluationData", "batches", "eval_command", "open_test_set"]
+__all__ = ["EvaluationData", "batches", "eval_command", "find_data_set", "open_test_set"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +50,8 @@ class EvaluationData:
 class _OnDisk:
     """A data set that the user has, or not: ``what`` it is, and ``how`` to get it and what PATH is then.
 
-    ``find`` gives the folder of it in or below the user's, None if it is not there. ``samples`` counts the test part
-    that the authors measured on.
+    ``find`` gives the folder of it in or below the user's, None if it is not there. ``part`` names what is measured on,
+    where that is not cut out of the whole; ``samples`` counts it, as the authors have it.
     """
 
     what: str
@@ -59,6 +59,7 @@ class _OnDisk:
     samples: int
     find: Callable[[Path], Path | None]
     download: Callable[[Path], None] | None = None
+    part: str = ""
 
 
 def open_test_set(card: CheckpointCard, data_dir: Path | None = None, download: bool = False) -> EvaluationData:
@@ -82,20 +83,41 @@ def open_test_set(card: CheckpointCard, data_dir: Path | None = None, download: 
         known = ", ".join(f"{name} as {form}" for name, form in [*_BUILT_IN, *_FORMS])
         raise ValueError(f"{card.id} needs {key[0]} as {key[1]}, which cannot be evaluated here; there are: {known}")
     source = _ON_DISK[card.data.name]
+    what = source.part + source.what
+    place = find_data_set(card.data.name, data_dir, download, f"{card.id} is measured on {what}", eval_command(card))
+    data = _FORMS[key](card, place)
+    if not len(data):
+        raise ValueError(f"{place} holds {what} without a single sample")
+    if len(data) != source.samples:
+        short = f"{place} gives {len(data):,} test samples, the authors have {source.samples:,}: not the same data"
+        data = dataclasses.replace(data, notes=(*data.notes, short))
+    return data
+
+
+def find_data_set(name: str, data_dir: Path | None, download: bool, need: str, command: str) -> Path:
+    """The folder of a data set in or below the user's.
+
+    Args:
+        name: As cards call it.
+        data_dir: The user's folder.
+        download: Whether to fetch what is not there, where torchvision can.
+        need: Who needs what: the beginning of the message if it is not there.
+        command: What the user should run then; PATH in it stands for their folder.
+
+    Raises:
+        FileNotFoundError: It is not there; the message says how to get it.
+        ValueError: It could not be fetched.
+    """
+    source = _ON_DISK[name]
     data_dir = None if data_dir is None else data_dir.expanduser()
     place = None if data_dir is None else source.find(data_dir)
     if place is None and data_dir is not None and download and source.download is not None:
         source.download(data_dir)
         place = source.find(data_dir)
     if place is None:
-        raise FileNotFoundError(_what_is_needed(card, source, data_dir))
-    data = _FORMS[key](card, place)
-    if not len(data):
-        raise ValueError(f"{place} holds {source.what} without a single sample")
-    if len(data) != source.samples:
-        short = f"{place} gives {len(data):,} test samples, the authors have {source.samples:,}: not the same data"
-        data = dataclasses.replace(data, notes=(*data.notes, short))
-    return data
+        where = "no folder was given (--data-dir or SMPCONV_DATA)" if data_dir is None else f"not found in {data_dir}"
+        raise FileNotFoundError(f"{need}, {where}: {source.how.format(command=command)}")
+    return place
 
 
 def batches(data: Dataset[Any], batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,11 +151,6 @@ def eval_command(card: CheckpointCard) -> str:
     return f"smpconv-zoo eval {card.id}" + (" --data-dir PATH" if card.data.name in _ON_DISK else "")
 
 
-def _what_is_needed(card: CheckpointCard, source: _OnDisk, data_dir: Path | None) -> str:
-    where = "no folder was given (--data-dir or SMPCONV_DATA)" if data_dir is None else f"not found in {data_dir}"
-    return f"{card.id} is measured on {source.what}, {where}: {source.how.format(command=eval_command(card))}"
-
-
 # ------------------------------------------------------------------------------------ where data lie in a user's folder
 
 
@@ -158,7 +175,8 @@ def _find_speech(folder: Path) -> Path | None:
 
 _ON_DISK = {
     "ImageNet-1k": _OnDisk(
-        what="the validation images of ImageNet-1k",
+        part="the validation images of ",
+        what="ImageNet-1k",
         how="get them from https://image-net.org/download-images (ILSVRC 2012, registration needed), sort them into "
         "one folder a class, named by its WordNet id (n01440764, ...), and run `{command}`, PATH being the folder that "
         "holds these 1,000, or the one above it if it is called val or validation",
@@ -166,7 +184,8 @@ _ON_DISK = {
         find=_find_imagenet,
     ),
     "MNIST": _OnDisk(
-        what="the test part of MNIST",
+        part="the test part of ",
+        what="MNIST",
         how="run `{command} --download`, by which torchvision fetches it into PATH, or without --download if PATH "
         "holds MNIST/raw with the four files unpacked",
         samples=10_000,
@@ -174,7 +193,8 @@ _ON_DISK = {
         download=pictures.download_mnist,
     ),
     "CIFAR-10": _OnDisk(
-        what="the test part of CIFAR-10",
+        part="the test part of ",
+        what="CIFAR-10",
         how="run `{command} --download`, by which torchvision fetches it into PATH, or without --download if PATH "
         "holds the unpacked cifar-10-batches-py of https://www.cs.toronto.edu/~kriz/cifar.html",
         samples=10_000,
@@ -247,11 +267,9 @@ def _cifar10_sequence(card: CheckpointCard, place: Path) -> EvaluationData:
 
 
 def _trajectories(card: CheckpointCard, place: Path) -> EvaluationData:
-    (train, train_labels), (test, test_labels) = (
-        read_ts(place / f"CharacterTrajectories_{part}.ts") for part in ("TRAIN", "TEST")
-    )
+    series, labels = read_ts_parts(place, "CharacterTrajectories")
     try:
-        x, y = character_trajectories(train + test, train_labels + test_labels)["test"]
+        x, y = character_trajectories(series, labels)["test"]
     except ValueError as error:
         raise ValueError(f"the series in {place} are not those of CharacterTrajectories: {error}") from error
     note = (

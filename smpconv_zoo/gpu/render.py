@@ -18,6 +18,9 @@ from smpconv_zoo.gpu import cdiv, next_power_of_2, on_the_device_of_tensors
 
 __all__ = ["render", "render_backward"]
 
+# As smpconv_zoo.points.without_radius has it.
+NO_RADIUS = tl.constexpr(1e-12)
+
 
 @triton.jit
 def _distance(coords, grid, taps, T, in_taps, points, in_points, D: tl.constexpr):
@@ -36,9 +39,11 @@ def _distance(coords, grid, taps, T, in_taps, points, in_points, D: tl.constexpr
 def _tents(coords, radius, grid, taps, T, in_taps, points, in_points, D: tl.constexpr):
     distance = _distance(coords, grid, taps, T, in_taps, points, in_points, D)
     r = tl.load(radius + points, mask=in_points, other=1.0)
+    flat = r <= NO_RADIUS
+    r = tl.where(flat, 1.0, r)
     # Rounded division: the support must be that of the dense rendering, tap for tap.
     # A position that is not a number must not pass for a point without taps, or a diverged training looks sound.
-    tent = 1 - tl.div_rn(distance, tl.broadcast_to(r[:, None], distance.shape))
+    tent = tl.where(flat, 0.0, 1.0)[:, None] - tl.div_rn(distance, tl.broadcast_to(r[:, None], distance.shape))
     return tl.maximum(tent, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -111,6 +116,8 @@ def _render_backward_kernel(
     if D == 2:
         cy = tl.load(coords + p * D + 1)
     r = tl.load(radius + p)
+    flat = r <= NO_RADIUS
+    r = tl.where(flat, 1.0, r)
     to_x = tl.zeros([BLOCK_T], tl.float32)
     to_y = tl.zeros([BLOCK_T], tl.float32)
     to_r = tl.zeros([BLOCK_T], tl.float32)
@@ -126,7 +133,7 @@ def _render_backward_kernel(
         if D == 2:
             distance += tl.abs(tl.load(grid + T + taps, mask=in_taps, other=0.0) - cy)
         # One rounding more or less does not matter here: the tent decides below.
-        near = distance <= r * 1.001
+        near = distance <= tl.where(flat, -1.0, r * 1.001)
         lowest = tl.minimum(lowest, tl.where(near, taps, 2147483647))
         highest = tl.maximum(highest, tl.where(near, taps, -1))
     begin = tl.min(lowest, axis=0)

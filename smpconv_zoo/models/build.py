@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import timm
@@ -16,6 +18,8 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from smpconv_zoo.models.sizes import input_at, maker, per_stage, size_arguments
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints, weights_dir
@@ -38,6 +42,7 @@ __all__ = [
     "create_on_meta",
     "match_state_dict",
     "per_stage",
+    "recompute",
 ]
 
 # What timm's ClassifierHead pools by.
@@ -119,8 +124,11 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
     source = None
     asked = {name: size for name in size_arguments(model_cls) if (size := kwargs.pop(name, None)) is not None}
     make: Callable[..., ModelT] = maker(model_cls)
-    if pretrained or asked:
-        cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    if "input_size" not in overlay and "length" in size_arguments(model_cls) and "kernel_size" in kwargs:
+        # A sequence is as long as the kernels that are asked for: no other argument says how long.
+        overlay["input_size"] = (*cfg.input_size[:2], kwargs["kernel_size"])
+        cfg = dataclasses.replace(cfg, input_size=overlay["input_size"])
     ratio = None
     if asked:
         ratio, input_entries = input_at(cfg.to_dict(), **asked)
@@ -131,7 +139,10 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
         source = cfg.source
         weights = _load_weights(variant, cfg, overlay, kwargs.get("cache_dir"))
         overlay |= {"state_dict": weights, "source": None, **_classes_of_file(weights, cfg, overlay, kwargs)}
-        make = maker(model_cls, ratio, remap_reference_state_dict(weights))
+        # Of a saved network timm says what it was built with. Where that was another size, so are the kernels' sizes.
+        saved = kwargs.get("pretrained_model_args") or {}
+        resized = any(name in saved for name in size_arguments(model_cls))
+        make = maker(model_cls, ratio, None if resized else remap_reference_state_dict(weights))
     model: ModelT = build_model_with_cfg(
         make,
         variant,
@@ -312,9 +323,40 @@ register_notrace_function(check_input)
 
 def sample_shape(model: nn.Module) -> tuple[int, ...]:
     """Shape of one input of a network made by its entrypoint: ``(C, H, W)``, or ``(C, L)`` for a sequence network."""
-    cfg: Any = model.pretrained_cfg
-    channels, height, width = cfg["input_size"]
-    return (channels, width) if getattr(model, "output_fmt", "NCHW") == "NCL" else (channels, height, width)
+    net: Any = model
+    _, height, width = net.pretrained_cfg["input_size"]
+    return (net.in_chans, width) if getattr(model, "output_fmt", "NCHW") == "NCL" else (net.in_chans, height, width)
+
+
+def recompute(block: nn.Module, x: Tensor) -> Tensor:
+    """``block(x)`` whose activations are computed again in the backward pass instead of being kept.
+
+    Batch norms take note of a batch once, not once more when it comes by again.
+    """
+    if torch.compiler.is_compiling():
+        # A compiled graph computes again what it needs, without the notes.
+        return checkpoint(block, x, use_reentrant=False)
+
+    def contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
+        return contextlib.nullcontext(), _unnoted(block)
+
+    return checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+
+
+@contextlib.contextmanager
+def _unnoted(block: nn.Module) -> Iterator[None]:
+    """Leave the running statistics of batch norms as they are."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.training]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked = norm.num_batches_tracked.clone()
+    try:
+        yield
+    finally:
+        for norm, (momentum, tracked) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, tracked
 
 
 def create_on_meta(network: str, **arguments: Any) -> nn.Module:

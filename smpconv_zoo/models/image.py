@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, get_device_dtype, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model, register_model_deprecations
+from timm.models import generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -35,6 +35,7 @@ from smpconv_zoo.models.build import (
     check_input,
     checkpoint_cfgs,
     per_stage,
+    recompute,
 )
 from smpconv_zoo.models.sizes import set_image_size
 from smpconv_zoo.operators import recorded
@@ -181,7 +182,9 @@ class SMPConvStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
+            for block in self.blocks:
+                x = recompute(block, x)
+            return x
         return self.blocks(x)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, get_device_dtype, trunc_normal_
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ from smpconv_zoo.models.build import (
     check_head,
     check_input,
     checkpoint_cfgs,
+    recompute,
 )
 from smpconv_zoo.models.sizes import set_image_size, set_sampling
 
@@ -290,7 +291,7 @@ class _BlockNet(MergingNet):
         intermediates = []
         x = self.stem(check_input(x, self.output_fmt, self.in_chans))
         for i, block in enumerate(self.blocks[: max_index + 1] if stop_early else self.blocks):
-            x = block(x)
+            x = recompute(block, x) if self.grad_checkpointing else block(x)
             if i in take_indices:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
@@ -316,7 +317,9 @@ class _BlockNet(MergingNet):
         """Features at the resolution of the input: ``(N, num_features, ...)``."""
         x = self.stem(check_input(x, self.output_fmt, self.in_chans))
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(self.blocks, x)
+            for block in self.blocks:
+                x = recompute(block, x)
+            return x
         return self.blocks(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

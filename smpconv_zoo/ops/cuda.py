@@ -57,17 +57,24 @@ def can_run_cuda(x: Tensor, weight: Tensor) -> str | None:
         return f"the CUDA kernels need at least one element, x has shape {tuple(x.shape)}"
     if torch.version.hip is not None:
         return "the CUDA kernels are for NVIDIA GPUs, this PyTorch is for AMD's"
-    return _why_no_kernel(x.device.index or 0, max(weight.shape[2:])) or why_no_binary()
+    device = x.device.index or 0
+    if max(weight.shape[2:]) > _largest_kernel(device):
+        return f"on this GPU the CUDA kernels have sizes up to {_LARGEST_KERNEL_SMALL}, got {tuple(weight.shape[2:])}"
+    return _why_no_kernel(device) or why_no_binary()
+
+
+# What the compiler takes for constant may be asked for by constants alone, which sizes of tensors need not be.
+@torch.compiler.assume_constant_result
+def _largest_kernel(device: int) -> int:
+    return _LARGEST_KERNEL_SMALL if torch.cuda.get_device_capability(device) in _SMALL_CAPABILITIES else _LARGEST_KERNEL
 
 
 @torch.compiler.assume_constant_result
-def _why_no_kernel(device: int, largest: int) -> str | None:
+def _why_no_kernel(device: int) -> str | None:
     capability = torch.cuda.get_device_capability(device)
-    name = torch.cuda.get_device_name(device)
     if capability < _OLDEST_CAPABILITY:
+        name = torch.cuda.get_device_name(device)
         return f"the CUDA kernels need compute capability 8.0, {name} has {capability[0]}.{capability[1]}"
-    if capability in _SMALL_CAPABILITIES and largest > _LARGEST_KERNEL_SMALL:
-        return f"on {name} the CUDA kernels have sizes up to {_LARGEST_KERNEL_SMALL}, got {largest}"
     return None
 
 

@@ -1,9 +1,11 @@
-"""Augmentation of digits, a batch at a time on any device.
+"""Augmentation of digits and of small pictures, a batch at a time on any device.
 
 The authors train sMNIST and pMNIST with random rotation, translation, scaling and erasing, each with probability 0.5
 (their ``augment=standard``, after Byerly et al., arXiv 2001.09136). Here each image gets the same kinds of draws,
 composed into one bilinear resampling instead of three by nearest neighbour. The erased patch is a seventh of the
 image's area, as their code has it (its comment speaks of 4 pixels).
+
+CIFAR-10 they train with flips and shifted crops (their ``augment=resnet``): the very same draws are made here.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["augment_digits"]
+__all__ = ["augment_digits", "augment_pictures"]
 
 ERASED_AREA = 4 / 28
 
@@ -61,3 +63,32 @@ def augment_digits(images: Tensor, generator: torch.Generator) -> Tensor:
     patch = erased[:, None, None] & in_rows[:, :, None] & in_columns[:, None, :]
     # The authors erase after normalising, with the value 0: the mean grey, not the background.
     return torch.where(patch.unsqueeze(1), torch.zeros_like(moved), moved + background)
+
+
+def augment_pictures(images: Tensor, black: Tensor, generator: torch.Generator) -> Tensor:
+    """Flip half of the pictures and shift each by up to an eighth of its side; what comes in is black.
+
+    Args:
+        images: ``(N, C, H, W)``, normalised.
+        black: ``(C,)``, what 0 became when it was normalised.
+        generator: Source of every draw, on the device of ``images``.
+
+    Returns:
+        ``(N, C, H, W)``.
+    """
+    count, channels, height, width = images.shape
+    device = images.device
+
+    def places(side: int) -> Tensor:
+        """Where each row or column of a crop comes from, ``(N, side)``."""
+        most = side // 8
+        shift = torch.randint(-most, most + 1, (count,), device=device, generator=generator)
+        return torch.arange(side, device=device) + shift[:, None]
+
+    flipped = torch.rand(count, device=device, generator=generator) < 0.5
+    rows, columns = places(height), places(width)
+    columns = torch.where(flipped[:, None], width - 1 - columns, columns)
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    source = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
+    moved = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, channels, -1)).view_as(images)
+    return torch.where(inside[:, None], moved, black.to(images)[:, None, None])

@@ -93,15 +93,10 @@ def random_state(device: torch.device) -> dict[str, Any]:
     """State of every generator that training draws from: Python's, numpy's, PyTorch's on the CPU and on ``device``."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words_of_numpy = torch.from_numpy(np.asarray(keys).astype(np.int64))
     return {
         "python": [version, list(words), gauss],
-        "numpy": [
-            name,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "numpy": [name, words_of_numpy, int(position), int(has_gauss), float(cached)],
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }

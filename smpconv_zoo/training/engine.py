@@ -13,14 +13,13 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from itertools import islice
 from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
@@ -39,9 +38,8 @@ from smpconv_zoo.training.world import World
 
 __all__ = ["Engine", "EpochLog", "Outcome", "Stopped", "learning_rates", "soft_cross_entropy"]
 
-# Optimizer steps between two looks at whether the loss is finite and whether anybody asked to stop: a look waits for
-# the GPU.
-_LOOK_EVERY = 10
+# Optimizer steps after which several processes ask one another whether somebody was told to stop.
+_ASK_EVERY = 10
 
 
 class Stopped(Exception):  # noqa: N818 - it is no error
@@ -142,18 +140,21 @@ class Engine:
         self.average = _average(self.model, recipe)
         self.update = 0
         self.epoch = 0
+        self.waited = 0
         self.best: EpochLog | None = None
         self.last: EpochLog | None = None
         self._loss = torch.zeros((), device=world.device, dtype=torch.float64)
         self._seconds = 0.0
         self._data_state: dict[str, Any] = {}
         self._signals: list[int] = []
+        network, processes = _network(self.model, recipe, world)
         self.step = TrainingStep(
             self.model,
             _groups(self.model, recipe) if groups is None else groups,
             world.device,
             optimizer=recipe.optimizer,
-            network=_network(self.model, recipe, world),
+            network=network,
+            processes=processes,
             loss=_loss(recipe),
             dtype=getattr(torch, recipe.dtype),
             input_drop_rate=getattr(recipe, "input_drop_rate", 0.0),
@@ -166,6 +167,18 @@ class Engine:
             learning_rates(recipe, self.updates_per_epoch, group["lr_scale"])
             for group in self.step.optimizer.param_groups
         ]
+
+    def plan(self) -> dict[str, Any]:
+        """What a user should see before the first step."""
+        parameters = list(self.model.parameters())
+        return {
+            "parameters": sum(p.numel() for p in parameters),
+            "trained": sum(p.numel() for p in parameters if p.requires_grad),
+            "processes": self.world.size,
+            "steps": self.total_updates,
+            "steps_per_epoch": self.updates_per_epoch,
+            **self.data.describe(),
+        }
 
     @property
     def measured(self) -> nn.Module:
@@ -182,7 +195,8 @@ class Engine:
         Raises:
             ValueError: All checkpoints are broken.
         """
-        found = None if self.folder is None else self.folder.newest()
+        found = self.folder.newest() if self.folder is not None and self.world.leads else None
+        found = self.world.shared(found)
         if found is None:
             return None
         state = found.state
@@ -190,7 +204,7 @@ class Engine:
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
         self.step.load_state_dict(state["step"])
-        self.update, self.epoch = state["update"], state["epoch"]
+        self.update, self.epoch, self.waited = state["update"], state["epoch"], state["waited"]
         self._loss.fill_(state["loss"])
         self._seconds = state["seconds"]
         self.best, self.last = (None if state[k] is None else EpochLog(**state[k]) for k in ("best", "last"))
@@ -249,7 +263,8 @@ class Engine:
                 self._log_step()
             if not last and self.save_every is not None and self.update % self.save_every == 0:
                 self._save(looked)
-            if not last and self.update % _LOOK_EVERY == 0 and self.world.agreed(bool(self._signals)):
+            asks = self.world.size == 1 or self.update % _ASK_EVERY == 0
+            if not last and asks and self.world.agreed(bool(self._signals)):
                 self._save(looked)
                 raise Stopped(self._signals[0] if self._signals else signal.SIGTERM, self.update)
         self._look(looked)
@@ -274,6 +289,10 @@ class Engine:
         improved = _better(self.last, self.best)
         if improved:
             self.best = self.last
+            self.waited = 0
+        elif not (self.reference and self.best is not None and self.last.top1 == self.best.top1):
+            # The authors count the epochs of lower accuracy alone.
+            self.waited += 1
         self.epoch += 1
         self._loss.zero_()
         self._seconds = 0.0
@@ -316,7 +335,7 @@ class Engine:
     def _look(self, looked: int) -> None:
         # Every process asks: a loss that is not finite on one is so on all, through the gradients, a step later.
         if self.world.agreed(not math.isfinite(float(self._loss))):
-            newest = None if self.folder is None else self.folder.newest()
+            newest = self.folder.newest() if self.folder is not None and self.world.leads else None
             kept = "" if newest is None else f"; the checkpoint {newest.path.name} is from before that"
             raise FloatingPointError(
                 f"the loss is not finite any more between steps {looked} and {self.update}{kept}: "
@@ -345,20 +364,18 @@ class Engine:
         if self.folder is None:
             return
         self._look(looked)
-        own = random_state(self.world.device)
-        states = [own]
-        if self.world.size > 1:
-            states = [None] * self.world.size  # type: ignore[list-item]
-            dist.all_gather_object(states, own)
+        states = self.world.gathered(random_state(self.world.device))
+        loss = float(self.world.total(self._loss.clone())) / self.world.size
         if self.world.leads:
             state = {
                 "recipe": dataclasses.asdict(self.recipe),
                 "update": self.update,
                 "epoch": self.epoch,
+                "waited": self.waited,
                 "model": self.model.state_dict(),
                 "average": None if self.average is None else self.average.module.state_dict(),
                 "step": self.step.state_dict(),
-                "loss": float(self._loss) if self.world.size == 1 else self._loss.item(),
+                "loss": loss,
                 "seconds": self._seconds,
                 "best": None if self.best is None else dataclasses.asdict(self.best),
                 "last": None if self.last is None else dataclasses.asdict(self.last),
@@ -375,9 +392,7 @@ class Engine:
 
     def _waited_enough(self) -> bool:
         patience = self.recipe.early_stop
-        if patience is None or self.best is None or self.last is None:
-            return False
-        return self.last.epoch - self.best.epoch >= patience
+        return patience is not None and self.best is not None and self.waited >= patience
 
     def _update_average(self) -> None:
         if isinstance(self.average, ModelEmaV3):
@@ -449,7 +464,7 @@ def _prepared(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
             raise ValueError(f"{recipe.network} cannot checkpoint gradients: set grad_checkpointing=false")
         model.set_grad_checkpointing(True)  # type: ignore[operator]
     if recipe.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     if recipe.sync_batch_norm and world.size > 1:
         model = convert_sync_batch_norm(model, world.device)
     # Every process began with the same weights; from here on each draws for itself.
@@ -458,16 +473,18 @@ def _prepared(model: nn.Module, recipe: Recipe, world: World) -> nn.Module:
     return model.train()
 
 
-def _network(model: nn.Module, recipe: Recipe, world: World) -> Callable[[Tensor], Tensor]:
-    network: Any = model
+def _network(
+    model: nn.Module, recipe: Recipe, world: World
+) -> tuple[Callable[[Tensor], Tensor], DistributedDataParallel | None]:
+    processes = None
     if world.size > 1:
-        devices = [world.device] if world.device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=devices)
+        processes = DistributedDataParallel(model, device_ids=[world.device] if world.device.type == "cuda" else None)
+    network: Any = model if processes is None else processes
     if recipe.compile:
         network = torch.compile(network)
     if not recipe.channels_last:
-        return network
-    return lambda x: network(x.to(memory_format=torch.channels_last))
+        return network, processes
+    return lambda x: network(x.to(memory_format=torch.channels_last)), processes
 
 
 def _average(model: nn.Module, recipe: Recipe) -> ModelEmaV2 | ModelEmaV3 | None:
@@ -482,8 +499,8 @@ def _average(model: nn.Module, recipe: Recipe) -> ModelEmaV2 | ModelEmaV3 | None
 
 def _groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     if isinstance(recipe, SequenceRecipe):
-        return sequence_parameter_groups(model, recipe.lr, recipe.weight_decay)
-    groups = image_parameter_groups(model, recipe.weight_decay)
+        return sequence_parameter_groups(model, recipe.lr, recipe.weight_decay, recipe.layer_decay)
+    groups = image_parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
     return [{**group, "lr": recipe.lr * group["lr_scale"]} for group in groups]
 
 
@@ -514,17 +531,3 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         return
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield
-
-
-def describe_plan(engine: Engine) -> Mapping[str, Any]:
-    """What a user should see before the first step."""
-    recipe = engine.recipe
-    return {
-        "network": recipe.network,
-        "parameters": sum(p.numel() for p in engine.model.parameters()),
-        "trained": sum(p.numel() for p in engine.model.parameters() if p.requires_grad),
-        "processes": engine.world.size,
-        "steps": engine.total_updates,
-        "steps_per_epoch": engine.updates_per_epoch,
-        **engine.data.describe(),
-    }

@@ -3,7 +3,8 @@
 Every draw has its own seed. The order of an epoch hangs on (seed, epoch); crop, flips, colours and erased part of a
 picture on (seed, epoch, picture); mixup and CutMix on (seed, epoch, place in the epoch). So a batch is the same however
 many worker processes read and wherever in the epoch reading began; and the pictures of a step are the same however many
-processes train, mixed in the same way if the share of each is a multiple of 8. The generators that the training process
+processes train. They are mixed in the same way, too, if the share of each is a multiple of 8, but for the protocol
+``reference``, by which every process mixes all of its share at one strength. The generators that the training process
 draws from are left as they are.
 
 Every kind of data set of :mod:`smpconv_zoo.data.folders` is read picture by picture, shards too: an epoch that begins
@@ -118,10 +119,16 @@ class ImageData:
         self._erasing = RandomErasing(recipe.erasing, mode="pixel", device=world.device) if recipe.erasing else None
         classes = int(getattr(model, "num_classes", len(pictures.classes)))
         self._mixup = _mixup(recipe, classes, self.share)
-        self._mixed_together = math.gcd(self.share, _MIXED_TOGETHER)
+        # The authors mix a whole part of a process at one strength.
+        together = self.share if recipe.protocol == "reference" else _MIXED_TOGETHER
+        self._mixed_together = math.gcd(self.share, together)
         shape = (len(self._train) // recipe.batch_size, world.size, recipe.micro_batches, self.share)
         self._sampler = _EpochSampler(pictures.train, self._train, self._seed, shape, world.rank)
         self._loaders: dict[str, PrefetchLoader] = {}
+
+    def close(self) -> None:
+        """End the processes that read; the next epoch starts others."""
+        self._loaders.clear()
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The micro-batches of an epoch, from number ``start`` on.

@@ -126,7 +126,9 @@ class SequenceRecipe(Recipe):
         dropped: Percent of the samples of a sequence that are left out; the mask of the others is one more channel.
         features: Of speech: ``"mfcc"`` or ``"raw"``; None for other data.
         input_drop_rate: Dropout on the input while training (the authors' ``dropout_in``).
-        augment: Whether to apply :func:`smpconv_zoo.training.augment.augment_digits`.
+        augment: Whether to change digits by :func:`~smpconv_zoo.training.augment.augment_digits`, and CIFAR-10 by
+            :func:`~smpconv_zoo.training.augment.augment_pictures`.
+        held_out: Share of the training samples that ``protocol: sound`` chooses by, where there is no validation part.
     """
 
     input: str = "sequence"
@@ -135,6 +137,7 @@ class SequenceRecipe(Recipe):
     features: str | None = None
     input_drop_rate: float = 0.0
     augment: bool = False
+    held_out: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,9 +149,10 @@ class SequenceRecipe(Recipe):
             raise ValueError("a permuted sequence needs a permutation_seed, an image or a sequence has none")
         if self.features not in (None, "mfcc", "raw"):
             raise ValueError(f"features must be null, mfcc or raw, got {self.features!r}")
-        if not 0 <= self.input_drop_rate < 1 or not 0 <= self.dropped < 100:
+        if not 0 <= self.input_drop_rate < 1 or not 0 <= self.held_out < 1 or not 0 <= self.dropped < 100:
             raise ValueError(
-                f"need input_drop_rate in [0, 1) and dropped in [0, 100); got {self.input_drop_rate}, {self.dropped}"
+                f"need input_drop_rate and held_out in [0, 1) and dropped in [0, 100); got {self.input_drop_rate}, "
+                f"{self.held_out}, {self.dropped}"
             )
 
 

@@ -62,13 +62,11 @@ class RunFolder:
             if self.path.exists() and not self.path.is_dir():
                 raise FileExistsError(f"{self.path} is a file; choose a folder for the run")
             if self.path.is_dir() and any(entry for entry in self.path.iterdir() if not _is_leftover(entry)):
-                raise FileExistsError(
-                    f"{self.path} holds other files, which were left as they were; choose another folder"
-                )
+                raise FileExistsError(f"{self.path} holds other files, left as they were; choose another folder")
             return
         if not resume:
             raise FileExistsError(
-                f"{self.path} holds a run, which was left as it was: go on with it by --resume, or choose another folder"
+                f"{self.path} holds a run, left as it was: go on with it by --resume, or choose another folder"
             )
         values = yaml.safe_load(written.read_text(encoding="utf-8"))["recipe"]
         ours = dataclasses.asdict(recipe)
@@ -133,7 +131,7 @@ class RunFolder:
             self._run = self._tracker.init(project="smpconv_zoo", name=self.path.name, config=config)
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Add a line to the metrics; those with an ``epoch`` that has ended, ``"kind": "epoch"``, are rows of the table."""
+        """Add a line to the metrics; one of ``"kind": "epoch"`` is a row of the table as well."""
         path = self.path / "metrics.jsonl"
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")

@@ -36,6 +36,7 @@ class TrainingStep:
         device: Where the model is.
         optimizer: A name of :func:`timm.optim.create_optimizer_v2`.
         network: What runs in place of ``model`` and shares its parameters: compiled, or spread over processes.
+        processes: The part of ``network`` that adds up gradients over processes, if there are several.
         loss: Mean loss of logits and targets.
         dtype: Of the computation, under autocast unless float32; float16 scales its losses.
         input_drop_rate: Dropout of the input.
@@ -57,6 +58,7 @@ class TrainingStep:
         *,
         optimizer: str = "adam",
         network: Callable[[Tensor], Tensor] | None = None,
+        processes: DistributedDataParallel | None = None,
         loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
         dtype: torch.dtype = torch.float32,
         input_drop_rate: float = 0.0,
@@ -67,6 +69,7 @@ class TrainingStep:
     ) -> None:
         self.model = model
         self.network = model if network is None else network
+        self.processes = processes
         self.device = device
         self.loss_of = loss
         self.dtype = dtype
@@ -128,7 +131,7 @@ class TrainingStep:
         return self.loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What the steps to come depend on, besides the weights: the optimizer, loss scale, reach of a captured step."""
+        """What the steps to come depend on besides the weights: the optimizer, loss scale, reach of a captured step."""
         reach = None if self.room is None else self.room.reach
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(), "reach": reach}
 
@@ -145,8 +148,8 @@ class TrainingStep:
         total = None
         for number, (x, y) in enumerate(parts, start=1):
             # Processes add up their gradients once a step, with those of the last part.
-            apart = isinstance(self.network, DistributedDataParallel) and number < count
-            with self.network.no_sync() if apart else contextlib.nullcontext():  # type: ignore[union-attr]
+            apart = number < count and self.processes is not None
+            with self.processes.no_sync() if apart else contextlib.nullcontext():  # type: ignore[union-attr]
                 loss = self._loss(x, y) if count == 1 else self._loss(x, y) / count
                 self.scaler.scale(loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
@@ -179,6 +182,10 @@ class TrainingStep:
         assert self.room is not None
         if self.batch is None:
             self.batch = (torch.empty_like(x), torch.empty_like(y))
+        if x.shape != self.batch[0].shape:
+            # The last batch of an epoch may be smaller.
+            self._run([(x, y)], 1)
+            return
         for kept, given in zip(self.batch, (x, y), strict=True):
             kept.copy_(given)
         if self.graph is None or self.room.outgrown():

@@ -1,0 +1,417 @@
+"""The training loop on tiny networks and data in memory: order of its parts, crashes, signals, processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from golden_files import ROOT, golden
+from reference_state import stored_json
+from safetensors.torch import load_file
+from test_golden_image import tiny_network
+from tolerances import assert_equal_to_reference, load
+from torch import Tensor
+
+from smpconv_zoo.layers import parameter_roles
+from smpconv_zoo.models.build import sample_shape
+from smpconv_zoo.training import checkpointing
+from smpconv_zoo.training.engine import Engine, learning_rates
+from smpconv_zoo.training.recipe import make_recipe
+from smpconv_zoo.training.run_folder import RunFolder
+from smpconv_zoo.training.world import World
+
+CPU = torch.device("cpu")
+RECIPE: dict[str, Any] = {
+    "network": "test_smpconv_tcn",
+    "data": "series",
+    "epochs": 3,
+    "batch_size": 8,
+    "lr": 3e-3,
+    "warmup_epochs": 1,
+    "weight_decay": 1e-2,
+    "optimizer": "adam",
+}
+
+
+class Tensors:
+    """Samples in memory, in an order of their own every epoch."""
+
+    def __init__(self, x: Tensor, y: Tensor, size: int, world: World | None = None, seed: int = 0) -> None:
+        self.x, self.y, self.size, self.seed = x, y, size, seed
+        self.world = world or World(CPU)
+
+    @property
+    def batches(self) -> int:
+        return len(self.x) // (self.size * self.world.size)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.from_numpy(np.random.RandomState([self.seed, epoch]).permutation(len(self.x)))
+        for batch in range(start, self.batches):
+            first = (batch * self.world.size + self.world.rank) * self.size
+            index = order[first : first + self.size]
+            yield self.x[index], self.y[index]
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for first in range(self.world.rank, len(self.x), 7 * self.world.size):
+            index = range(first, min(first + 7 * self.world.size, len(self.x)), self.world.size)
+            yield self.x[list(index)], self.y[list(index)]
+
+    def describe(self) -> dict[str, Any]:
+        return {"samples": len(self.x)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state == {}
+
+
+def sequences(count: int = 44) -> tuple[Tensor, Tensor]:
+    model = timm.create_model("test_smpconv_tcn")
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randint(0, model.num_classes, (count,), generator=generator)
+    return torch.randn((count, *sample_shape(model)), generator=generator) + y.view(-1, 1, 1) / 3, y
+
+
+def engine(folder: Path | None = None, world: World | None = None, **changes: Any) -> Engine:
+    options = {name: changes.pop(name) for name in ("save_every", "log_every", "on_step") if name in changes}
+    recipe = make_recipe("test_smpconv_tcn.tiny", {**RECIPE, **changes})
+    torch.manual_seed(recipe.seed)
+    arguments = {"block_drop_rate": 0.1, **recipe.arguments}
+    model = timm.create_model(recipe.network, **arguments)
+    world = world or World(CPU)
+    data = Tensors(*sequences(), recipe.batch_size // recipe.micro_batches // world.size, world)
+    run = None if folder is None else RunFolder(folder)
+    if run is not None:
+        run.check(recipe, resume=True)
+        run.start(recipe, "cpu", 1, {})
+    return Engine(recipe, model, data, world, run, **options)
+
+
+def assert_same_weights(one: torch.nn.Module, other: torch.nn.Module) -> None:
+    for (name, a), b in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_reference_protocol_follows_the_references_trajectory():
+    values, settings = load(golden("tiny_trajectory.safetensors")), stored_json("tiny_trajectory.json")
+    steps, parts = settings["steps_per_epoch"], settings["update_freq"]
+    recipe = make_recipe(
+        "tiny.golden",
+        {
+            "network": "test_smpconv",
+            "data": "imagenet",
+            "protocol": "reference",
+            "epochs": settings["epochs"],
+            "batch_size": parts * len(values["micro_targets"][0]),
+            "micro_batches": parts,
+            "lr": max(settings["schedule"]),
+            "final_lr": 1e-6,
+            "warmup_epochs": 1,
+            "weight_decay": 0.05,
+            "ema_decay": settings["ema_decay"],
+            "smoothing": 0.0,
+        },
+    )
+    losses = []
+
+    class Stored(Tensors):
+        @property
+        def batches(self) -> int:
+            return len(settings["batch_order"])
+
+        def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+            for batch in settings["batch_order"][start:]:
+                yield values["micro_inputs"][batch], values["micro_targets"][batch]
+
+        def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+            return iter(())
+
+    data = Stored(values["micro_inputs"], values["micro_targets"], 1)
+    trainer = Engine(recipe, tiny_network(), data, World(CPU))
+    assert trainer.updates_per_epoch == steps
+    take = trainer.step.take
+    trainer.step.take = lambda *given: losses.append(take(*given).item()) or trainer.step.loss  # type: ignore[method-assign]
+    trainer.fit()
+    expected = np.reshape(settings["microbatch_loss"], (-1, parts)).mean(1)
+    assert len(losses) == len(expected) == 6
+    for i, (ours, reference) in enumerate(zip(losses, expected, strict=True)):
+        assert_equal_to_reference(torch.tensor(ours), torch.tensor(reference), "trajectory", f"mean loss of step {i}")
+    np.testing.assert_allclose(learning_rates(recipe, steps), settings["schedule"], rtol=1e-12)
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_the_average_sees_the_weights_before_the_clip_only_in_the_authors_order(reference):
+    trainer = engine(epochs=2, ema_decay=0.5, protocol="reference" if reference else "sound", lr=0.5)
+    roles = parameter_roles(trainer.model)
+    radii = {name: p for name, p in trainer.model.named_parameters() if roles.get(name) == "radius"}
+    low = min(trainer.model.get_submodule(name.rpartition(".")[0]).radius_bounds[0] for name in radii)
+    seen = []
+    average = trainer.step.average
+    trainer.step.average = lambda: (seen.append(min(p.min().item() for p in radii.values())), average())[0]
+    trainer.fit()
+    assert (min(seen) < 0.999 * low) == reference
+    assert min(p.min().item() for p in radii.values()) >= 0.999 * low
+
+
+def test_a_step_in_parts_is_the_step_on_the_whole():
+    changes = {"arguments": {"block_drop_rate": 0.0}, "optimizer": "sgd", "epochs": 1, "warmup_epochs": 0, "lr": 0.1}
+    whole, parts = engine(**changes), engine(**changes, micro_batches=4)
+    for trainer in (whole, parts):
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.BatchNorm1d):
+                # Statistics of a part are not those of the whole.
+                module.train = lambda mode=True, module=module: module  # type: ignore[method-assign]
+                module.training = False
+        trainer.fit()
+    for (name, a), b in zip(whole.model.state_dict().items(), parts.model.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, msg=name, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.99}, {"clip_grad": 1.0, "micro_batches": 2}], ids=str)
+def test_a_run_that_was_cut_anywhere_goes_on_bit_for_bit(tmp_path, changes):
+    unbroken = engine(tmp_path / "unbroken", **changes)
+    unbroken.fit()
+    for cut in (1, 4, 5, 8, 14):
+        folder = tmp_path / f"cut{cut}"
+
+        def die(done: int, _: int, cut: int = cut) -> None:
+            if done == cut:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            engine(folder, save_every=2, on_step=die, **changes).fit()
+        torch.manual_seed(99)
+        again = engine(folder, save_every=2, **changes)
+        again.resume()
+        assert again.update <= cut
+        again.fit()
+        assert_same_weights(again.model, unbroken.model)
+        assert_same_weights(again.measured, unbroken.measured)
+        rows = [
+            [line.split(",")[:7] for line in (path / "metrics.csv").read_text().splitlines()]
+            for path in (tmp_path / "unbroken", folder)
+        ]
+        assert rows[0] == rows[1]
+        assert len(rows[0]) == 1 + RECIPE["epochs"]
+        ours, theirs = (load_file(path / "best.safetensors") for path in (folder, tmp_path / "unbroken"))
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_in_parts_logs_every_step_once(tmp_path):
+    def die(done: int, _: int) -> None:
+        if done == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine(tmp_path, save_every=3, log_every=1, on_step=die).fit()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "upd')  # as a process leaves it that is killed while it writes
+    again = engine(tmp_path, log_every=1)
+    again.resume()
+    again.fit()
+    entries = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    updates = [(entry["kind"], entry["update"]) for entry in entries]
+    assert updates == sorted(set(updates), key=lambda entry: (entry[1], entry[0] == "epoch"))
+    assert [u for kind, u in updates if kind == "epoch"] == [5, 10, 15]
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert len(environment) == 2
+    assert environment[0]["versions"]["torch"] == torch.__version__
+
+
+def test_a_broken_checkpoint_is_passed_over_and_named(tmp_path):
+    engine(tmp_path).fit()
+    newest, older = sorted((tmp_path / "checkpoints").glob("*.pt"), reverse=True)
+    raw = bytearray(newest.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    newest.write_bytes(raw)
+    again = engine(tmp_path)
+    (named,) = again.resume()
+    assert newest.name in named
+    assert "it has sha256" in named
+    assert again.update == 10
+    older.write_bytes(older.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"no checkpoint .* can be read: update-00000015.*update-00000010"):
+        engine(tmp_path).resume()
+
+
+def test_a_checkpoint_without_its_seal_does_not_count(tmp_path):
+    engine(tmp_path).fit()
+    (tmp_path / "checkpoints" / "update-00000015.json").unlink()
+    again = engine(tmp_path)
+    assert again.resume() == ()
+    assert again.update == 10
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    def spoil(done: int, _: int) -> None:
+        if done == 6:
+            with torch.no_grad():
+                next(iter(trainer.model.parameters())).fill_(float("nan"))
+
+    trainer = engine(tmp_path, on_step=spoil, save_every=1)
+    with pytest.raises(
+        FloatingPointError, match=r"not finite any more .*update-00000006\.pt is from before that: lower"
+    ):
+        trainer.fit()
+    state = checkpointing.load_newest(tmp_path / "checkpoints").state
+    assert state["update"] == 6
+
+
+def test_another_recipe_does_not_go_on_with_a_run(tmp_path):
+    engine(tmp_path, epochs=1, warmup_epochs=0).fit()
+    with pytest.raises(ValueError, match=r"a run of another recipe: lr was 0\.003, now 0\.1"):
+        engine(tmp_path, epochs=1, warmup_epochs=0, lr=0.1)
+    recipe = make_recipe("test_smpconv_tcn.tiny", {**RECIPE, "epochs": 1, "warmup_epochs": 0})
+    with pytest.raises(FileExistsError, match="go on with it by --resume, or choose another folder"):
+        RunFolder(tmp_path).check(recipe, resume=False)
+    other = tmp_path / "notes"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds other files, left as they were"):
+        RunFolder(other).check(recipe, resume=True)
+
+
+def test_stopping_early_waits_as_long_as_the_recipe_says():
+    trainer = engine(epochs=6, early_stop=2)
+    accuracies = iter([50.0, 60.0, 60.0, 60.0, 60.0, 60.0])
+    trainer._measure = lambda: {"loss": 1.0, "top1": next(accuracies), "top5": 99.0}  # type: ignore[method-assign]
+    outcome = trainer.fit()
+    assert outcome.stopped_early
+    assert (outcome.last.epoch, outcome.best.epoch) == (4, 2)
+
+
+def test_data_that_fill_no_step_are_refused():
+    recipe = make_recipe("test_smpconv_tcn.tiny", RECIPE)
+    x, y = sequences(4)
+    with pytest.raises(ValueError, match="fill no step of 8 samples"):
+        Engine(recipe, timm.create_model("test_smpconv_tcn"), Tensors(x, y, 8), World(CPU))
+
+
+def test_metrics_go_to_tensorboard_where_it_is_installed(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    engine(tmp_path, epochs=2).fit()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("epoch/train_loss")] == [5, 10]
+
+
+def run_python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+RUN = """
+    import sys, time
+    from pathlib import Path
+    from test_engine import engine
+    from smpconv_zoo.training.engine import Stopped
+
+    trainer = engine(Path(sys.argv[1]), save_every=1, on_step=lambda *_: print("step", flush=True) or time.sleep(0.02))
+    trainer.resume()
+    try:
+        trainer.fit()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(128 + stopped.signal_number)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_process_that_is_killed_at_any_moment_loses_nothing(tmp_path, number):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    unbroken = run_python(RUN, whole)
+    random = np.random.RandomState(int(number))
+    for _ in range(3):
+        process = run_python(RUN, cut)
+        assert process.stdout is not None
+        for _ in range(random.randint(1, 5)):
+            process.stdout.readline()
+        time.sleep(0.05 * random.random_sample())
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        if number == signal.SIGTERM:
+            assert process.returncode == 128 + signal.SIGTERM
+            assert "stopped by SIGTERM after" in errors
+        else:
+            assert process.returncode == -signal.SIGKILL
+    for process in (run_python(RUN, cut), unbroken):
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    ours, theirs = (load_file(folder / "last.safetensors") for folder in (cut, whole))
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+    assert not [path for path in cut.rglob("*.tmp")]
+
+
+WORKER = """
+    import sys
+    from pathlib import Path
+    import torch
+    from test_engine import engine
+    from smpconv_zoo.training.world import join_world
+
+    with join_world("cpu") as world:
+        changes = {"arguments": {"block_drop_rate": 0.0}, "sync_batch_norm": True, "ema_decay": 0.9}
+        trainer = engine(Path(sys.argv[1]), world, **changes)
+        outcome = trainer.fit()
+        if world.leads:
+            torch.save(trainer.model.state_dict(), Path(sys.argv[1]) / "weights.pt")
+"""
+
+
+def test_two_processes_learn_what_one_with_their_batch_learns(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(textwrap.dedent(WORKER))
+    alone = engine(tmp_path / "alone", arguments={"block_drop_rate": 0.0}, ema_decay=0.9)
+    outcome = alone.fit()
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (tmp_path / "pair").mkdir()
+    found = subprocess.run(
+        [*command, str(script), str(tmp_path / "pair")],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    ours = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
+    theirs = [json.loads(line) for line in (tmp_path / "pair" / "metrics.jsonl").read_text().splitlines()]
+    for one, two in zip(ours, theirs, strict=True):
+        # Sums of a batch in two parts round otherwise, and Adam turns that into steps.
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
+        assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-3)
+        assert two["top1"] == one["top1"]
+    assert outcome.last.epoch == 3
+
+
+def test_an_epoch_is_better_by_accuracy_then_by_loss():
+    trainer = engine(epochs=3)
+    figures = iter([(60.0, 1.0), (60.0, 0.9), (60.0, 0.95)])
+
+    def measure() -> dict[str, float]:
+        top1, loss = next(figures)
+        return {"top1": top1, "loss": loss, "top5": 90.0}
+
+    trainer._measure = measure  # type: ignore[method-assign]
+    assert trainer.fit().best.epoch == 2
