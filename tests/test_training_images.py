@@ -265,6 +265,21 @@ def test_erasing_is_timms_with_noise(tmp_path: Path) -> None:
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-n6-inc1", "v0", "augmix-m10-w1"])
+def test_a_policy_at_its_highest_strength(folder: Path, policy: str) -> None:
+    # timm asks for pictures of 0 bits then, which Pillow refuses from 13 on; they were black.
+    batches = data(folder, auto_augment=policy, batch_size=32, mixup=0.0)
+    assert len({x.numpy().tobytes() for epoch in range(4) for x, _ in batches.epoch(epoch) for x in x}) > 90
+    step = next(
+        step for step in batches._samples.transform.transforms if hasattr(step, "ops") or hasattr(step, "policy")
+    )
+    operations = [op for op in getattr(step, "ops", sum(getattr(step, "policy", []), [])) if "Posterize" in op.name]
+    assert operations
+    for operation in operations:
+        black, kept = (operation.aug_fn(picture(0, 0), bits) for bits in (0, 3))
+        assert not np.array(black).any() and np.array_equal(np.array(kept), np.array(picture(0, 0)) & 0b11100000)
+
+
 def test_greys_for_a_network_of_one_channel(folder: Path) -> None:
     model, pictures = network(in_chans=1), open_pictures(folder)
     batches = ImageData(recipe(**PLAIN), pictures, model, World(CPU), workers=0)

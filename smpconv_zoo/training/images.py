@@ -23,11 +23,14 @@ import signal
 import threading
 import traceback
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data.auto_augment import posterize
 from timm.data.loader import PrefetchLoader, fast_collate
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
@@ -427,7 +430,7 @@ def _augmentation(recipe: ImageRecipe, input_size: tuple[int, ...], mean: tuple[
     if recipe.auto_augment is not None and input_size[0] != 3:
         raise ValueError("auto_augment needs colours, and the network takes one channel: set auto_augment=null")
     try:
-        return create_transform(
+        transform = create_transform(
             input_size,
             is_training=True,
             scale=tuple(recipe.scale),
@@ -443,6 +446,16 @@ def _augmentation(recipe: ImageRecipe, input_size: tuple[int, ...], mean: tuple[
         )
     except (AssertionError, KeyError, ValueError) as error:
         raise ValueError(f"auto_augment {recipe.auto_augment!r} is no policy of timm's") from error
+    for step in transform.transforms:
+        for operation in getattr(step, "ops", chain.from_iterable(getattr(step, "policy", []))):
+            if getattr(operation, "aug_fn", None) is posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(picture: Image.Image, bits: int, **arguments: Any) -> Image.Image:
+    """timm's operation, which asks for 0 bits at its highest strength: black, until Pillow 13 refused it."""
+    return posterize(picture, bits, **arguments) if bits > 0 else Image.new(picture.mode, picture.size)
 
 
 def _mixup(recipe: ImageRecipe, classes: int, share: int) -> Mixup | None:
