@@ -16,6 +16,7 @@ import signal
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -270,10 +271,11 @@ def test_a_policy_at_its_highest_strength(folder: Path, policy: str) -> None:
     # timm asks for pictures of 0 bits then, which Pillow refuses from 13 on; they were black.
     batches = data(folder, auto_augment=policy, batch_size=32, mixup=0.0)
     assert len({x.numpy().tobytes() for epoch in range(4) for x, _ in batches.epoch(epoch) for x in x}) > 90
-    step = next(
-        step for step in batches._samples.transform.transforms if hasattr(step, "ops") or hasattr(step, "policy")
+    steps = batches._samples.transform.transforms
+    found = chain(
+        *(getattr(step, "ops", []) for step in steps), *chain(*(getattr(step, "policy", []) for step in steps))
     )
-    operations = [op for op in getattr(step, "ops", sum(getattr(step, "policy", []), [])) if "Posterize" in op.name]
+    operations = [operation for operation in found if "Posterize" in operation.name]
     assert operations
     for operation in operations:
         black, kept = (operation.aug_fn(picture(0, 0), bits) for bits in (0, 3))
