@@ -692,7 +692,7 @@ def data_check(
         raise typer.Exit(1)
 
 
-@data.command("stand-in", epilog="Example: `smpconv-zoo data stand-in /tmp/in1k --classes 100 --per-class 128`")
+@data.command("stand-in", epilog="Example: `smpconv-zoo data stand-in stand_in --classes 100 --per-class 128`")
 def data_stand_in(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to make.")],
     classes: Annotated[int, typer.Option(min=2, max=1000, help="Classes.")] = 1000,

@@ -1,6 +1,6 @@
 """Batch norms whose statistics are those of all processes together, as an option of training.
 
-On GPUs these are PyTorch's own. That has none for processes on CPUs, where the one here stands in: slower, and with the
+On GPUs these are PyTorch's own, through timm, whose norms hold an activation. There are none for processes on CPUs, where the one here stands in: slower, and with the
 same answers. State dicts are those of ordinary batch norms either way.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import timm.layers
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,12 +24,14 @@ def convert_sync_batch_norm(model: nn.Module, device: torch.device) -> nn.Module
         The network; another object only if it is a batch norm itself.
     """
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return timm.layers.convert_sync_batchnorm(model)
     if isinstance(model, _BatchNorm) and not isinstance(model, _CpuSyncBatchNorm):
         shared = _CpuSyncBatchNorm(
             model.num_features, model.eps, model.momentum, model.affine, model.track_running_stats
         )
         shared.load_state_dict(model.state_dict())
+        # timm's norms of convolutions end with dropout and an activation.
+        shared.tail = nn.Sequential(*model.children())
         return shared.to(next(iter(model.state_dict().values()), torch.zeros(())).dtype).train(model.training)
     for name, child in model.named_children():
         setattr(model, name, convert_sync_batch_norm(child, device))
@@ -52,13 +55,15 @@ class _Sum(torch.autograd.Function):
 
 
 class _CpuSyncBatchNorm(_BatchNorm):
+    tail: nn.Sequential
+
     def _check_input_dim(self, x: Tensor) -> None:
         if x.dim() < 2:
             raise ValueError(f"expected at least two dimensions, got {tuple(x.shape)}")
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(x)
+            return self.tail(super().forward(x))
         others = [dim for dim in range(x.dim()) if dim != 1]
         shape = [1, -1, *[1] * (x.dim() - 2)]
         sums = torch.cat([x.sum(others), x.new_tensor([x.numel() / x.shape[1]])])
@@ -74,4 +79,4 @@ class _CpuSyncBatchNorm(_BatchNorm):
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(variance * (count / (count - 1)), momentum)
         y = centred * (variance + self.eps).rsqrt().view(shape)
-        return y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y
+        return self.tail(y * self.weight.view(shape) + self.bias.view(shape) if self.affine else y)
