@@ -1,7 +1,8 @@
 """Batch norms whose statistics are those of all processes together, as an option of training.
 
-On GPUs these are PyTorch's own, through timm, whose norms hold an activation. There are none for processes on CPUs, where the one here stands in: slower, and with the
-same answers. State dicts are those of ordinary batch norms either way.
+On GPUs these are PyTorch's own, through timm, whose norms hold an activation. There are none for processes on CPUs,
+where the one here stands in: slower, and with the same answers. State dicts are those of ordinary batch norms either
+way.
 """
 
 from __future__ import annotations
