@@ -123,7 +123,7 @@ def test_a_gpu_that_is_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
         "the CUDA kernels need compute capability 8.0, an old one has 7.5"
     )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert "sizes up to 33, got 35" in str(cuda.can_run_cuda(OnGpu(2, 3, 40, 40), OnGpu(3, 1, 35, 3)))
+    assert "sizes up to 33, got (35, 3)" in str(cuda.can_run_cuda(OnGpu(2, 3, 40, 40), OnGpu(3, 1, 35, 3)))
 
 
 def test_a_binary_that_is_not_there_or_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,7 +96,7 @@ def engine(folder: Path | None = None, world: World | None = None, **changes: An
     world = world or World(CPU)
     data = Tensors(*sequences(), recipe.batch_size // recipe.micro_batches // world.size, world)
     run = None if folder is None else RunFolder(folder)
-    if run is not None:
+    if run is not None and world.leads:
         run.check(recipe, resume=True)
         run.start(recipe, "cpu", 1, {})
     return Engine(recipe, model, data, world, run, **options)
