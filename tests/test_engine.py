@@ -265,11 +265,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
 
     trainer = engine(tmp_path, on_step=spoil, save_every=1)
     with pytest.raises(
-        FloatingPointError, match=r"not finite any more .*update-00000006\.pt is from before that: lower"
+        FloatingPointError, match=r"not finite any more .*update-00000005\.pt is from before that: lower"
     ):
         trainer.fit()
     state = checkpointing.load_newest(tmp_path / "checkpoints").state
-    assert state["update"] == 6
+    assert state["update"] == 5
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
 
 
 def test_another_recipe_does_not_go_on_with_a_run(tmp_path):
@@ -286,13 +287,15 @@ def test_another_recipe_does_not_go_on_with_a_run(tmp_path):
         RunFolder(other).check(recipe, resume=True)
 
 
-def test_stopping_early_waits_as_long_as_the_recipe_says():
-    trainer = engine(epochs=6, early_stop=2)
+def test_stopping_early_waits_as_long_as_the_recipe_says(tmp_path):
+    trainer = engine(tmp_path, epochs=6, early_stop=2)
     accuracies = iter([50.0, 60.0, 60.0, 60.0, 60.0, 60.0])
     trainer._measure = lambda: {"loss": 1.0, "top1": next(accuracies), "top5": 99.0}  # type: ignore[method-assign]
     outcome = trainer.fit()
     assert outcome.stopped_early
     assert (outcome.last.epoch, outcome.best.epoch) == (4, 2)
+    for name, tensor in load_file(tmp_path / "last.safetensors").items():
+        assert torch.equal(tensor, trainer.model.state_dict()[name]), name
 
 
 def test_data_that_fill_no_step_are_refused():

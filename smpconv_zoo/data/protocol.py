@@ -68,15 +68,22 @@ def split_70_15_15(labels: np.ndarray | Tensor | Sequence[int]) -> tuple[np.ndar
     return train, validation, test
 
 
-def hold_out(labels: np.ndarray | Tensor | Sequence[int], share: float) -> tuple[np.ndarray, np.ndarray]:
+def hold_out(
+    labels: np.ndarray | Tensor | Sequence[int],
+    share: float,
+    generator: np.random.RandomState | None = None,
+    keep_single: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
     """Set a part of the training data aside to choose by, the same share of every class, always the same samples.
 
-    One numpy legacy generator of seed 0 (its streams are frozen across versions) draws class by class; of each class
-    the share is rounded, to 1 at least and so that 1 at least is left.
+    A numpy legacy generator (its streams are frozen across versions) draws class by class; of each class the share is
+    rounded, to 1 at least and so that 1 at least is left.
 
     Args:
         labels: (N,) class of each sample.
         share: of each class, in (0, 1).
+        generator: draws; one of seed 0 if None.
+        keep_single: whether a class of a single sample is learned from as it is, instead of being an error.
 
     Returns:
         Two int64 index arrays into `labels`, ascending: to learn from, and to choose by.
@@ -87,11 +94,11 @@ def hold_out(labels: np.ndarray | Tensor | Sequence[int], share: float) -> tuple
     labels = np.asarray(labels)
     if labels.ndim != 1 or not 0 < share < 1:
         raise ValueError(f"needs labels (N,) and a share in (0, 1), got shape {labels.shape} and {share}.")
-    generator = np.random.RandomState(0)
+    generator = generator or np.random.RandomState(0)
     aside = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
         order = generator.permutation(np.flatnonzero(labels == label))
-        if len(order) < 2:
+        if len(order) < 2 and not keep_single:
             raise ValueError(f"class {label} has a single sample: none can be set aside.")
         aside[order[: min(max(round(share * len(order)), 1), len(order) - 1)]] = True
     return np.flatnonzero(~aside), np.flatnonzero(aside)

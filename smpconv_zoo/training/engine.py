@@ -36,7 +36,7 @@ from smpconv_zoo.training.step import CAPTURABLE, TrainingStep
 from smpconv_zoo.training.sync_norm import convert_sync_batch_norm
 from smpconv_zoo.training.world import World
 
-__all__ = ["Engine", "EpochLog", "Outcome", "Stopped", "learning_rates", "soft_cross_entropy"]
+__all__ = ["Engine", "EpochLog", "Outcome", "Stopped", "learning_rates"]
 
 # Optimizer steps after which several processes ask one another whether somebody was told to stop.
 _ASK_EVERY = 10
@@ -97,7 +97,6 @@ class Engine:
         data: What it learns from.
         world: This process among those that train together.
         folder: Where to write; None for nowhere.
-        groups: Parameter groups of the optimizer, with ``lr_scale``; those of the recipe if None.
         save_every: Optimizer steps between checkpoints, besides those at the ends of epochs.
         log_every: Optimizer steps between lines of the log.
         on_step: Called after every optimizer step with those done and in all.
@@ -115,7 +114,6 @@ class Engine:
         world: World,
         folder: RunFolder | None = None,
         *,
-        groups: list[dict[str, Any]] | None = None,
         save_every: int | None = None,
         log_every: int = 50,
         on_step: Callable[[int, int], None] | None = None,
@@ -150,7 +148,7 @@ class Engine:
         network, processes = _network(self.model, recipe, world)
         self.step = TrainingStep(
             self.model,
-            _groups(self.model, recipe) if groups is None else groups,
+            _groups(self.model, recipe),
             world.device,
             optimizer=recipe.optimizer,
             network=network,
@@ -222,7 +220,7 @@ class Engine:
         """Train to the end.
 
         Raises:
-            FloatingPointError: The loss is not finite any more; the last checkpoint is from before that.
+            FloatingPointError: Loss or weights are not finite any more; the last checkpoint is from before that.
             Stopped: A signal asked for it; a checkpoint was written.
             OSError: A file could not be written; the last checkpoint is intact.
         """
@@ -238,6 +236,8 @@ class Engine:
                 if self.folder is not None:
                     self.folder.close()
         assert self.last is not None
+        if self.folder is not None and self.world.leads:
+            self._write_weights("last")
         return Outcome(self.last, self.best, stopped_early)
 
     def _train_epoch(self) -> None:
@@ -267,7 +267,7 @@ class Engine:
             if not last and asks and self.world.agreed(bool(self._signals)):
                 self._save(looked)
                 raise Stopped(self._signals[0] if self._signals else signal.SIGTERM, self.update)
-        self._look(looked)
+        self._look(looked, weights=True)
         self._seconds = before + time.perf_counter() - start
         self._end_epoch()
 
@@ -301,8 +301,6 @@ class Engine:
             self.folder.log({"kind": "epoch", **dataclasses.asdict(self.last)})
             if improved:
                 self._write_weights("best")
-            if self.epoch == recipe.epochs:
-                self._write_weights("last")
         self._save(self.update)
         if self.on_epoch is not None:
             self.on_epoch(self.last)
@@ -316,7 +314,7 @@ class Engine:
         sums = torch.zeros(4, dtype=torch.float64, device=self.world.device)
         with torch.inference_mode(), torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32):
             for x, y in self.data.validation():
-                logits = network(self._laid_out(x)).float()
+                logits = network(_laid_out(x, self.recipe)).float()
                 nearest = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
                 loss = F.cross_entropy(logits, y, reduction="sum")
                 sums += torch.stack([nearest[:, 0].sum(), nearest.sum(), loss, sums.new_tensor(len(y))]).to(sums)
@@ -325,20 +323,22 @@ class Engine:
             return {}
         return {"loss": loss / count, "top1": 100 * right / count, "top5": 100 * among / count}
 
-    def _laid_out(self, x: Tensor) -> Tensor:
-        return x.to(memory_format=torch.channels_last) if self.recipe.channels_last and x.dim() == 4 else x
-
     def _mean_loss(self, updates: int) -> float:
         """Of the epoch under way, over its updates and the processes."""
         return float(self.world.total(self._loss.clone()) / (updates * self.world.size))
 
-    def _look(self, looked: int) -> None:
-        # Every process asks: a loss that is not finite on one is so on all, through the gradients, a step later.
-        if self.world.agreed(not math.isfinite(float(self._loss))):
+    def _look(self, looked: int, weights: bool = False) -> None:
+        finite = math.isfinite(float(self._loss))
+        if weights and finite:
+            # A step can spoil the weights after a loss that was finite.
+            norms = torch._foreach_norm(list(self.model.parameters()))
+            finite = bool(torch.stack([norm.double() for norm in norms]).isfinite().all())
+        # Every process asks: what is not finite on one is so on all, through the gradients, a step later.
+        if self.world.agreed(not finite):
             newest = self.folder.newest() if self.folder is not None and self.world.leads else None
             kept = "" if newest is None else f"; the checkpoint {newest.path.name} is from before that"
             raise FloatingPointError(
-                f"the loss is not finite any more between steps {looked} and {self.update}{kept}: "
+                f"the loss or the weights are not finite any more between steps {looked} and {self.update}{kept}: "
                 f"lower the rate lr={self.recipe.lr}, or set clip_grad"
             )
 
@@ -360,10 +360,10 @@ class Engine:
         self.folder.log(entry)
 
     def _save(self, looked: int) -> None:
-        """Write a checkpoint, unless the loss is not finite."""
+        """Write a checkpoint, unless loss or weights are not finite."""
         if self.folder is None:
             return
-        self._look(looked)
+        self._look(looked, weights=True)
         states = self.world.gathered(random_state(self.world.device))
         loss = float(self.world.total(self._loss.clone())) / self.world.size
         if self.world.leads:
@@ -432,22 +432,14 @@ def learning_rates(recipe: Recipe, updates_per_epoch: int, scale: float = 1.0) -
     return scale * cosine_schedule(recipe.lr, recipe.final_lr, recipe.epochs, updates_per_epoch, recipe.warmup_epochs)
 
 
-def soft_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Mean cross entropy with labels ``(N,)`` or with shares of classes ``(N, classes)``, in float32.
-
-    The sums of mixed labels are timm's ``SoftTargetCrossEntropy``, which is what PyTorch's takes for them as well.
-    """
-    return F.cross_entropy(logits.float(), target)
-
-
 def _loss(recipe: Recipe) -> Callable[[Tensor, Tensor], Tensor]:
     smoothing = getattr(recipe, "smoothing", 0.0)
 
-    def smoothed(logits: Tensor, target: Tensor) -> Tensor:
-        # Mixed labels come smoothed already.
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        # Mixed labels (N, classes) come smoothed already.
         return F.cross_entropy(logits.float(), target, label_smoothing=smoothing if target.dim() == 1 else 0.0)
 
-    return smoothed if smoothing > 0 else soft_cross_entropy
+    return loss
 
 
 def _better(epoch: EpochLog, best: EpochLog | None) -> bool:
@@ -482,9 +474,11 @@ def _network(
     network: Any = model if processes is None else processes
     if recipe.compile:
         network = torch.compile(network)
-    if not recipe.channels_last:
-        return network, processes
-    return lambda x: network(x.to(memory_format=torch.channels_last)), processes
+    return (lambda x: network(_laid_out(x, recipe))), processes
+
+
+def _laid_out(x: Tensor, recipe: Recipe) -> Tensor:
+    return x.to(memory_format=torch.channels_last) if recipe.channels_last and x.dim() == 4 else x
 
 
 def _average(model: nn.Module, recipe: Recipe) -> ModelEmaV2 | ModelEmaV3 | None:

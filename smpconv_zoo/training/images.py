@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smpconv_zoo.data.folders import Pictures, PictureSet, check_labels, read_picture
+from smpconv_zoo.data.protocol import hold_out
 from smpconv_zoo.training.recipe import ImageRecipe
 from smpconv_zoo.training.world import World
 
@@ -138,7 +139,7 @@ class ImageData:
 
         Raises:
             ValueError: A picture that cannot be read, by name; nothing is left out silently.
-            RuntimeError: A process that reads died.
+            ChildProcessError: A process that reads died.
         """
         if not 0 <= start <= self.batches:
             raise ValueError(f"an epoch has batches 0 to {self.batches}, got {start}")
@@ -155,7 +156,7 @@ class ImageData:
 
         Raises:
             ValueError: A picture that cannot be read, by name.
-            RuntimeError: A process that reads died.
+            ChildProcessError: A process that reads died.
         """
         yield from self._read("validation")
 
@@ -236,7 +237,7 @@ class ImageData:
                 reason = worker_death(error)
                 if reason is None:
                     raise
-                raise RuntimeError(reason) from error
+                raise ChildProcessError(reason) from error
             yield batch
 
     def _loader(self, part: str) -> DataLoader[Any]:
@@ -411,19 +412,9 @@ def _parts(recipe: ImageRecipe, pictures: Pictures, seed: int) -> tuple[np.ndarr
         return everything, (pictures.validation, whole, "the validation part")
     if recipe.protocol == "reference" or recipe.held_out == 0:
         return everything, (pictures.train, everything[:0], "nothing")
-    chosen = _hold_out(pictures.train.labels, recipe.held_out, _draw(seed, _HOLDING_OUT))
-    rest = np.setdiff1d(everything, chosen, assume_unique=True)
+    draw = _draw(seed, _HOLDING_OUT)
+    rest, chosen = hold_out(pictures.train.labels, recipe.held_out, draw, keep_single=True)
     return rest, (pictures.train, chosen, f"{recipe.held_out:.0%} of the training part, held out by class")
-
-
-def _hold_out(labels: np.ndarray, share: float, draw: np.random.RandomState) -> np.ndarray:
-    """Of every class its share, at least one picture, and never all: of a single one none."""
-    chosen = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(max(1, round(share * len(members))), len(members) - 1)
-        chosen.append(draw.permutation(members)[:count])
-    return np.sort(np.concatenate(chosen))
 
 
 def _augmentation(recipe: ImageRecipe, input_size: tuple[int, ...], mean: tuple[float, ...]) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from smpconv_zoo.data.folders import check_pictures, open_pictures
 from smpconv_zoo.training.arrays import ArrayData, open_arrays
 from smpconv_zoo.training.engine import Engine, EpochLog, Outcome
-from smpconv_zoo.training.images import ImageData
+from smpconv_zoo.training.images import ImageData, worker_death
 from smpconv_zoo.training.recipe import ImageRecipe, SequenceRecipe
 from smpconv_zoo.training.run_folder import RunFolder
 from smpconv_zoo.training.world import World, join_world
@@ -56,7 +56,6 @@ def train(
     tracker: str | None = None,
     dry_run: bool = False,
     network: Callable[[SequenceRecipe | ImageRecipe], nn.Module] | None = None,
-    groups: Callable[[nn.Module], list[dict[str, Any]]] | None = None,
     open_: Callable[..., ArrayData | ImageData] | None = None,
     on_plan: Callable[[dict[str, Any], nn.Module], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
@@ -82,7 +81,6 @@ def train(
         tracker: Where metrics go besides, ``"trackio"`` or ``"wandb"``.
         dry_run: Stop before the first step, and before anything is written.
         network: Makes the network; from the recipe's entrypoint and arguments if None.
-        groups: Parameter groups of the optimizer; those of the recipe if None.
         open_: Opens the data, as :func:`open_data` does.
         on_plan: Called with what is about to run, and the network, before the first step.
         on_step: Called after every optimizer step with those done and in all.
@@ -119,6 +117,7 @@ def train(
             workers=workers,
             check=check and not resume,
             progress=on_read,
+            note=note,
         )
         model = model.to(world.device)
         engine = Engine(
@@ -127,7 +126,6 @@ def train(
             opened,
             world,
             folder,
-            groups=None if groups is None else groups(model),
             save_every=save_every,
             log_every=log_every,
             on_step=on_step if world.leads else None,
@@ -150,6 +148,12 @@ def train(
                 note(f"goes on after step {engine.update}" if engine.update else "no checkpoint yet: starts anew")
         try:
             outcome = engine.fit()
+        except RuntimeError as error:
+            # torch may report the death of a process that reads wherever training is at that moment.
+            reason = worker_death(error)
+            if reason is None:
+                raise
+            raise ChildProcessError(reason) from error
         finally:
             if isinstance(opened, ImageData):
                 opened.close()
@@ -177,6 +181,7 @@ def open_data(
     workers: int = 4,
     check: bool = True,
     progress: Callable[[int, int], None] | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> ArrayData | ImageData:
     """The data of a recipe, checked against the network; of pictures, ``check`` looks at the headers of all of them.
 
@@ -186,7 +191,10 @@ def open_data(
     """
     if isinstance(recipe, SequenceRecipe):
         arrays = open_arrays(recipe, world, None if data_dir is None else Path(data_dir), download, final, progress)
-        arrays.check(model)
+        notes = arrays.check(model)
+        if note is not None and world.leads:
+            for sentence in notes:
+                note(sentence)
         return arrays
     if data_dir is None:
         raise FileNotFoundError(
