@@ -148,14 +148,14 @@ def test_a_network_of_ones_own_goes_on_at_another_size(trained: Any, pictures: P
         f"local-dir:{trained.folder}",
         pictures,
         tmp_path / "run",
-        overrides={**QUICK, "epochs": 2, "image_size": 48, "lr": 1e-4},
+        overrides={**QUICK, "epochs": 6, "image_size": 48, "lr": 2e-3},
         keep_head=True,
         workers=0,
         on_plan=lambda _, model: seen.append(model),
     )
     assert done is not None and done.outcome.best is not None
-    # It knows something of them already, where a third would be chance; the kernels were read off at the new size.
-    assert done.outcome.best.top1 > 50
+    # From random weights six such epochs end at a third, which is chance; the kernels were read off at the new size.
+    assert done.outcome.best.top1 > 90
     assert done.card.arguments["img_size"] == 48 and done.card.origin.endswith(f"from local-dir:{trained.folder}")
     assert failed(verify(done.folder)) is None
     model: Any = timm.create_model(f"local-dir:{done.folder}", pretrained=True)
