@@ -370,7 +370,10 @@ def train(
     checkpoint_id: Annotated[str, typer.Argument(metavar="ID", help="Checkpoint whose recipe to run.")],
     out: Annotated[Path, typer.Option(help="Folder to write to; it must not hold another run.")],
     data_dir: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Where the data lie; the digits of MNIST-5k need none.")
+        str | None,
+        typer.Option(
+            metavar="DIR", envvar="SMPCONV_DATA", help="Where the data lie; the digits of MNIST-5k need none."
+        ),
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch data that are missing, where it can be.")] = False,
     device: Device = "cpu",

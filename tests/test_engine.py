@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,16 +24,19 @@ import torch
 from golden_files import ROOT, golden
 from reference_state import stored_json
 from safetensors.torch import load_file
+from small_disk import mounted
 from test_golden_image import tiny_network
 from tolerances import assert_equal_to_reference, load
 from torch import Tensor
 
+from smpconv_zoo.data.stand_in import write_stand_in
 from smpconv_zoo.layers import parameter_roles
 from smpconv_zoo.models.build import sample_shape
 from smpconv_zoo.training import checkpointing
 from smpconv_zoo.training.engine import Engine, learning_rates
 from smpconv_zoo.training.recipe import make_recipe
 from smpconv_zoo.training.run_folder import RunFolder
+from smpconv_zoo.training.running import train
 from smpconv_zoo.training.sync_norm import convert_sync_batch_norm
 from smpconv_zoo.training.world import World
 
@@ -370,12 +376,13 @@ def test_a_process_that_is_killed_at_any_moment_loses_nothing(tmp_path, number):
 
 WORKER = """
     import sys
+    from datetime import timedelta
     from pathlib import Path
     import torch
     from test_engine import engine
     from smpconv_zoo.training.world import join_world
 
-    with join_world("cpu") as world:
+    with join_world("cpu", timedelta(seconds=15)) as world:
         changes = {"arguments": {"block_drop_rate": 0.0}, "sync_batch_norm": True, "ema_decay": 0.9}
         trainer = engine(Path(sys.argv[1]), world, **changes)
         outcome = trainer.fit()
@@ -389,16 +396,8 @@ def test_two_processes_learn_what_one_with_their_batch_learns(tmp_path):
     script.write_text(textwrap.dedent(WORKER))
     alone = engine(tmp_path / "alone", arguments={"block_drop_rate": 0.0}, ema_decay=0.9)
     outcome = alone.fit()
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     (tmp_path / "pair").mkdir()
-    found = subprocess.run(
-        [*command, str(script), str(tmp_path / "pair")],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    found = torchrun(script, tmp_path / "pair", processes=2)
     assert found.returncode == 0, found.stderr[-3000:]
     ours = [json.loads(line) for line in (tmp_path / "alone" / "metrics.jsonl").read_text().splitlines()]
     theirs = [json.loads(line) for line in (tmp_path / "pair" / "metrics.jsonl").read_text().splitlines()]
@@ -408,6 +407,105 @@ def test_two_processes_learn_what_one_with_their_batch_learns(tmp_path):
         assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-3)
         assert two["top1"] == one["top1"]
     assert outcome.last.epoch == 3
+
+
+ELASTIC = """
+    import os, sys
+    from datetime import timedelta
+    from pathlib import Path
+    from test_engine import engine
+    from smpconv_zoo.training.world import join_world
+
+    folder, dies, died = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+
+    def die(done, _):
+        if done == dies and not died.exists():
+            died.touch()
+            os._exit(1)
+
+    with join_world("cpu", timedelta(seconds=15)) as world:
+        changes = {"arguments": {"block_drop_rate": 0.0}, "sync_batch_norm": True, "ema_decay": 0.9}
+        trainer = engine(folder, world, save_every=2, on_step=die if world.rank == world.size - 1 else None, **changes)
+        if trainer.resume() is not None and world.leads:
+            print("goes on after", trainer.update)
+        trainer.fit()
+"""
+
+
+def torchrun(script: Path, *arguments: object, processes: int, restarts: int = 5) -> subprocess.CompletedProcess[str]:
+    """Run a script in processes. On a busy machine gloo's may fail to find each other: they may try again."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    return subprocess.run(
+        [*command, f"--max-restarts={restarts}", str(script), *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def epochs_of(folder: Path) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry for entry in entries if entry["kind"] == "epoch"]
+
+
+def test_a_dead_process_is_started_again_and_a_run_goes_on_with_more_processes(tmp_path):
+    script = tmp_path / "elastic.py"
+    script.write_text(textwrap.dedent(ELASTIC))
+    whole = engine(tmp_path / "whole", arguments={"block_drop_rate": 0.0}, ema_decay=0.9, sync_batch_norm=True)
+    whole.fit()
+    restarted, grown = tmp_path / "restarted", tmp_path / "grown"
+    found = torchrun(script, restarted, 7, tmp_path / "died", processes=2)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "goes on after 6" in found.stdout
+    # One process dies for good; two take up what it left.
+    assert torchrun(script, grown, 7, tmp_path / "died for good", processes=1, restarts=0).returncode != 0
+    found = torchrun(script, grown, 0, tmp_path / "nobody", processes=2)
+    assert found.returncode == 0, found.stderr[-3000:]
+    for folder in (restarted, grown):
+        for ours, theirs in zip(epochs_of(folder), epochs_of(tmp_path / "whole"), strict=True):
+            # Sums of a batch in two parts round otherwise, and Adam turns that into steps.
+            assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=1e-4)
+            assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-3)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount on this machine")
+def test_a_full_disk_ends_the_run_in_one_sentence_and_keeps_the_last_checkpoint(tmp_path):
+    disk = tmp_path / "disk"
+    with mounted(disk, "-t", "tmpfs", "-o", "size=4m", "tmpfs"):
+
+        def fill(done: int, _: int) -> None:
+            if done == 7:
+                with contextlib.suppress(OSError), (disk / "ballast").open("wb") as file:
+                    while True:
+                        file.write(bytes(4096))
+
+        with pytest.raises(OSError, match=r"No space left|could not be written"):
+            engine(disk / "run", save_every=1, on_step=fill).fit()
+        (disk / "ballast").unlink()
+        again = engine(disk / "run")
+        assert again.resume() == ()
+        assert again.update == 6
+        again.fit()
+        unbroken = engine()
+        unbroken.fit()
+        assert_same_weights(again.model, unbroken.model)
+
+
+def test_a_reader_that_dies_ends_the_run_in_one_sentence(tmp_path):
+    write_stand_in(tmp_path / "pictures", 2, 8, (40, 30), validation_per_class=2)
+    values = {"network": "test_smpconv", "data": "pictures", "epochs": 50, "batch_size": 2, "lr": 1e-3}
+    recipe = make_recipe("test_smpconv.own", {**values, "arguments": {"num_classes": 2}, "image_size": 32})
+
+    def kill(done: int, _: int) -> None:
+        if done == 20:
+            for reader in multiprocessing.active_children():
+                os.kill(reader.pid, signal.SIGKILL)
+
+    with pytest.raises(ChildProcessError, match=r"a process that reads pictures .* go on by --resume"):
+        train(recipe, tmp_path / "run", data_dir=tmp_path / "pictures", workers=1, save_every=1, on_step=kill)
+    assert checkpointing.load_newest(tmp_path / "run" / "checkpoints").state["update"] >= 19
 
 
 @pytest.mark.parametrize("name", ["test_smpconv", "test_smpconv_tcn"])

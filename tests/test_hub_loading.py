@@ -3,7 +3,6 @@
 Real clients, each in a process with its own settings, load what real clients published on the Hub of `hub_server`.
 """
 
-import contextlib
 import importlib.util
 import json
 import shutil
@@ -23,6 +22,7 @@ import torch
 from hub_clients import Clients
 from hub_server import HubServer, olah_reader
 from hub_store import Repository, lfs_pointer
+from small_disk import mounted
 
 import smpconv_zoo
 from smpconv_zoo.pretrained import hub
@@ -399,18 +399,6 @@ def test_several_processes_on_a_flipped_byte(place: Place, right: str) -> None:
     assert all(load == right or load.startswith("CheckpointError: ") for load in loads)
     assert right in loads and any(SHA256 in load for load in loads)
     assert place.run(WARM)["first"] == right and bad in place.quarantined()
-
-
-@contextlib.contextmanager
-def mounted(folder: Path, *options: str) -> Iterator[None]:
-    folder.mkdir(exist_ok=True)
-    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.skipif(shutil.which("mount") is None, reason="there is no mount on this machine")

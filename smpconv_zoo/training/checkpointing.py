@@ -23,6 +23,7 @@ __all__ = ["Found", "load_newest", "random_state", "restore_random_state", "save
 
 FORMAT = 1
 KEPT = 2
+_WRITER = ("inline_container", "PytorchStreamWriter")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,9 @@ def save(folder: Path, update: int, state: dict[str, Any]) -> Path:
         try:
             torch.save({"format": FORMAT, **state}, aside)
         except RuntimeError as error:
-            # PyTorch's writer reports a full disk in a sentence of its own.
+            # PyTorch's writer reports a full disk in words of its own; others may speak up meanwhile.
+            if not any(words in str(error) for words in _WRITER):
+                raise
             raise OSError(errno.ENOSPC, f"could not be written ({str(error).splitlines()[0]})", str(path)) from error
         digest = sha256_of_file(aside)
     write_whole(_seal(path), json.dumps({"sha256": digest, "update": update}).encode())

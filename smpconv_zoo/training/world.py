@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -73,11 +74,12 @@ class World:
 
 
 @contextlib.contextmanager
-def join_world(device: str | torch.device) -> Iterator[World]:
+def join_world(device: str | torch.device, timeout: timedelta | None = None) -> Iterator[World]:
     """The world of this process; under ``torchrun`` its process group, NCCL on GPUs and gloo elsewhere.
 
     Args:
         device: ``"cpu"``, ``"cuda"`` (under ``torchrun`` the GPU of the local rank), or one GPU by number.
+        timeout: How long processes wait for each other before they give up; PyTorch's own if None.
 
     Raises:
         ValueError: A device that is not there, fewer GPUs than processes, or a GPU by number for several processes.
@@ -97,7 +99,7 @@ def join_world(device: str | torch.device) -> Iterator[World]:
             )
         wanted = torch.device("cuda", local)
         torch.cuda.set_device(wanted)
-    dist.init_process_group("nccl" if wanted.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if wanted.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield World(usable_device(wanted), dist.get_rank(), dist.get_world_size())
     finally:
