@@ -295,8 +295,10 @@ def test_an_error_at_one_size_only_is_found(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_killed_export_leaves_nothing_under_the_name(tmp_path: Path) -> None:
     code = """
-import sys, time
+import signal, sys, time
 from smpconv_zoo import exporting
+# Shells start what runs in the background deaf to it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def wait(*args):
     sys.stdout.write("written\\n"); sys.stdout.flush(); time.sleep(300)
 exporting._check = wait

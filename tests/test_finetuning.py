@@ -112,7 +112,8 @@ def test_the_best_epoch_is_kept_not_the_last(pictures: Path, tmp_path: Path, mon
     write = Engine._write_weights
 
     def noted(self: Engine, name: str) -> None:
-        states.append({key: tensor.clone() for key, tensor in self.measured.state_dict().items()})
+        if name == "best":
+            states.append({key: tensor.clone() for key, tensor in self.measured.state_dict().items()})
         write(self, name)
 
     monkeypatch.setattr(Engine, "_write_weights", noted)
