@@ -67,7 +67,7 @@ ORDER_WITHIN = {
     "models": (("sizes",), ("build",), ("image", "sequence"), ("__init__",)),
     "data": (
         ("folders", "mfcc", "protocol", "stand_in", "ts_files"),
-        ("mnist5k", "series", "speech_commands"),
+        ("mnist1d", "mnist5k", "series", "speech_commands", "ucr"),
         ("classes", "pictures"),
         ("__init__",),
     ),
