@@ -24,6 +24,7 @@ ORDER = (
     ("kernels",),
     ("ops",),
     ("merged",),
+    ("baselines",),
     ("layers",),
     ("resolution",),
     ("pretrained",),
