@@ -177,8 +177,12 @@ def jobs() -> list[Job]:
 
 
 def _final(data: str, option: str, seeds: int) -> Iterator[Job]:
+    kernels = DATA[data].kernels
+    if option == "" and DATA[data].as_chosen_on is not None:
+        # What the options are worth is seen on the data that they were chosen on.
+        kernels = ("points",)
     for seed in range(min(seeds, DATA[data].seeds)):
-        for kernel in DATA[data].kernels:
+        for kernel in kernels:
             yield Job("final", data, kernel, option, seed)
 
 
@@ -373,7 +377,7 @@ def work(args: argparse.Namespace) -> int:
         args.weights.mkdir(parents=True, exist_ok=True)
     records = read_log(args.log)
     done = {record["job"] for record in records}
-    todo = [job for job in jobs() if fnmatch.fnmatchcase(job.name, args.only) and job.name not in done]
+    todo = [job for job in jobs() if _wanted(job, args.only) and job.name not in done]
     if args.jobs > 1:
         todo = [job for job in todo if job.stage != "time"]
     running: dict[Future[dict[str, Any]], Job] = {}
@@ -413,6 +417,10 @@ def work(args: argparse.Namespace) -> int:
     left = len(todo)
     sys.stdout.write(f"{len(records)} runs logged, {failed} failed, {left} left\n")
     return failed
+
+
+def _wanted(job: Job, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(job.name, pattern) for pattern in patterns)
 
 
 def _next(
@@ -467,7 +475,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
     parser.add_argument(
-        "--only", default="*", metavar="GLOB", help="jobs whose name matches, such as 'final gunpoint *'"
+        "--only", nargs="+", default=["*"], metavar="GLOB", help="jobs that match, as 'final gunpoint *'"
     )
     parser.add_argument("--log", type=Path, default=Path("runs/study.jsonl"))
     parser.add_argument(
@@ -479,7 +487,7 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="print the figures of the log and stop")
     args = parser.parse_args()
     if args.list:
-        sys.stdout.write("".join(f"{job.name}\n" for job in jobs() if fnmatch.fnmatchcase(job.name, args.only)))
+        sys.stdout.write("".join(f"{job.name}\n" for job in jobs() if _wanted(job, args.only)))
     elif args.summary:
         sys.stdout.write(summary(read_log(args.log)) + "\n")
     else:

@@ -182,6 +182,7 @@ def test_triton_is_imported_only_where_a_gpu_needs_it() -> None:
 
 
 OPTIONAL = (
+    "aeon",
     "datasets",
     "matplotlib",
     "mlxtend",
