@@ -22,6 +22,9 @@ pytestmark = [
 
 PICTURES = {"network": "test_smpconv", "data": "pictures", "optimizer": "adamw", "ema_decay": 0.9, "clip_grad": 1.0}
 SERIES = {"network": "test_smpconv_tcn", "data": "series", "optimizer": "adam"}
+# Adam's first steps are the signs of gradients, which of biases in front of a batch norm are those of rounding noise:
+# two ways to round are compared by plain steps.
+PLAIN = {"optimizer": "sgd", "lr": 0.05}
 
 
 def engine(folder: Path | None, cut: int | None = None, **changes: Any) -> Engine:
@@ -83,14 +86,14 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path, changes: dict[st
         # The same kernels, launched one by one or as a graph.
         ({**PICTURES, "graph": True}, {**PICTURES, "graph": False}, 1e-5),
         # Fused kernels round otherwise.
-        ({**PICTURES, "compile": True}, PICTURES, 1e-3),
-        ({**SERIES, "compile": True}, {**SERIES, "graph": False}, 1e-3),
+        ({**PICTURES, **PLAIN, "compile": True}, {**PICTURES, **PLAIN}, 1e-4),
+        ({**SERIES, **PLAIN, "compile": True}, {**SERIES, **PLAIN}, 1e-4),
         # 8 and 11 bits.
-        ({**PICTURES, "dtype": "bfloat16", "compile": True, "channels_last": True}, PICTURES, 2e-2),
-        ({**PICTURES, "dtype": "float16"}, PICTURES, 1e-2),
-        ({**SERIES, "dtype": "float16"}, SERIES, 1e-2),
+        ({**PICTURES, **PLAIN, "dtype": "bfloat16", "channels_last": True}, {**PICTURES, **PLAIN}, 1e-2),
+        ({**PICTURES, **PLAIN, "dtype": "float16"}, {**PICTURES, **PLAIN}, 2e-3),
+        ({**SERIES, **PLAIN, "dtype": "float16"}, {**SERIES, **PLAIN}, 2e-3),
     ],
-    ids=["graph", "compiled", "compiled series", "compiled bfloat16", "float16", "float16 series"],
+    ids=["graph", "compiled", "compiled series", "bfloat16", "float16", "float16 series"],
 )
 def test_two_ways_to_run_learn_the_same(one: dict[str, Any], other: dict[str, Any], tolerance: float) -> None:
     losses = [engine(None, **changes).fit().last.train_loss for changes in (one, other)]
