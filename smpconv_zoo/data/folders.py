@@ -40,6 +40,8 @@ __all__ = [
     "Pictures",
     "check_labels",
     "check_pictures",
+    "class_number",
+    "decode_picture",
     "open_pictures",
     "read_picture",
     "unreadable_pictures",
@@ -213,11 +215,18 @@ def read_picture(pictures: PictureSet, index: int, mode: str = "RGB", upright: b
     Raises:
         ValueError: It cannot be read; the message names it.
     """
+    return decode_picture(lambda: pictures.open(index), lambda: pictures.name(index), mode, upright)
+
+
+def decode_picture(
+    opened: Callable[[], BinaryIO], name: Callable[[], str], mode: str = "RGB", upright: bool = True
+) -> Image.Image:
+    """A picture as :func:`read_picture` gives it, from what ``opened`` opens; ``name`` is what a message calls it."""
     try:
-        with pictures.open(index) as file, Image.open(file) as image:
+        with opened() as file, Image.open(file) as image:
             return _converted(image, mode, upright)
     except Exception as error:  # OSErrors, SyntaxErrors, TypeErrors and more: whatever the bytes bring about
-        raise ValueError(f"{pictures.name(index)} cannot be read as a picture: {_line(error)}") from error
+        raise ValueError(f"{name()} cannot be read as a picture: {_line(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------- one picture
@@ -650,11 +659,11 @@ def _read_shards(tars: list[Path]) -> _Members:
             if f".{suffix}" in IMG_EXTENSIONS:
                 waiting[key] = member
             elif suffix == "cls":
-                known[key] = _number(file.read(), f"{tar}:{member.name}")
+                known[key] = class_number(file.read(), f"{tar}:{member.name}")
             elif suffix == "json":
                 described[key] = file.read()
         for key in set(waiting) & set(described) - set(known):
-            known[key] = _number(described[key], f"{tar}:{key}.json", "label")
+            known[key] = class_number(described[key], f"{tar}:{key}.json", "label")
         if bare := sorted(set(waiting) - set(known)):
             raise ValueError(f"{tar} holds pictures without a label, KEY.cls beside KEY.jpg: {_listed(bare)}")
         pictures += waiting.values()
@@ -662,7 +671,7 @@ def _read_shards(tars: list[Path]) -> _Members:
     return _Members(tars, pictures, labels, shards=True)
 
 
-def _number(data: bytes, name: str, field: str | None = None) -> int:
+def class_number(data: bytes, name: str, field: str | None = None) -> int:
     """The number of a class that a file holds, alone or as a field of JSON."""
     try:
         return int(data if field is None else json.loads(data)[field])
