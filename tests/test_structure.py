@@ -81,6 +81,7 @@ ORDER_WITHIN = {
     "training": (
         ("augment", "batches", "groups", "recipe", "schedules", "step", "sync_norm", "world"),
         ("checkpointing", "arrays", "images", "saving"),
+        ("streams",),
         ("run_folder",),
         ("engine",),
         ("running",),
@@ -192,6 +193,7 @@ OPTIONAL = (
     "scipy",
     "sklearn",
     "typer",
+    "webdataset",
 )
 
 

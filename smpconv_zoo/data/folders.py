@@ -42,7 +42,9 @@ __all__ = [
     "check_pictures",
     "class_number",
     "decode_picture",
+    "find_split",
     "open_pictures",
+    "picture_columns",
     "read_picture",
     "unreadable_pictures",
 ]
@@ -697,12 +699,11 @@ def _hugging_face(where: str, source: str | Path) -> Pictures:
     except Exception as error:  # of the Hub, of file formats, of arrow: whatever the data bring about
         raise ValueError(f"{where} cannot be opened as a Hugging Face dataset: {_line(error)}") from error
     splits = dict(found) if isinstance(found, dict) else {_TRAIN[0]: found}
-    train = _first(_TRAIN, splits)
+    train = find_split(splits, training=True)
     if train is None:
         raise ValueError(f"{where} has no split {_TRAIN[0]} to learn from, only {', '.join(splits)}")
     features = splits[train].features
-    picture = _column(where, features, ("image", "img", "picture"), datasets.Image)
-    label = _column(where, features, ("label", "labels", "class", "fine_label"), datasets.ClassLabel)
+    picture, label = picture_columns(where, features)
     values = [value for value in splits[train][label][:] if value is not None]
     names = getattr(features[label], "names", None)
     if names is None:
@@ -723,7 +724,26 @@ def _hugging_face(where: str, source: str | Path) -> Pictures:
 
     rows = part(train)
     assert rows is not None
-    return _checked(Pictures(where, "hfds", tuple(names), rows, part(_first(_VALIDATION, splits))))
+    return _checked(Pictures(where, "hfds", tuple(names), rows, part(find_split(splits, training=False))))
+
+
+def find_split(names: Iterable[str], *, training: bool) -> str | None:
+    """The split to learn from, or to validate on, by timm's synonyms; None if there is none."""
+    return _first(_TRAIN if training else _VALIDATION, names)
+
+
+def picture_columns(where: str, features: Any) -> tuple[str, str]:
+    """Names of the columns of pictures and of labels among the features of a Hugging Face dataset.
+
+    Raises:
+        ValueError: There is no such column.
+    """
+    import datasets
+
+    return (
+        _column(where, features, ("image", "img", "picture"), datasets.Image),
+        _column(where, features, ("label", "labels", "class", "fine_label"), datasets.ClassLabel),
+    )
 
 
 def _column(where: str, features: Any, usual: tuple[str, ...], kind: type) -> str:

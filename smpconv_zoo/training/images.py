@@ -109,10 +109,7 @@ class ImageData:
         self._sampler.enter(epoch, start)
         batches = zip(self._read("train"), self._sampler, strict=True)
         for number, ((x, y), keys) in enumerate(batches, start):
-            with _traceless(self.world.device):
-                self._erase(x, keys)
-                y = self._mix(x, y, epoch, number)
-            yield x, y
+            yield x, self._finish(x, y, keys, epoch, number)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The pictures to choose by, every ``size``-th from the rank on, at the centre of each.
@@ -197,6 +194,12 @@ class ImageData:
         self._mixed_together = math.gcd(self.share, together)
         self._loaders: dict[str, PrefetchLoader] = {}
 
+    def _finish(self, x: Tensor, y: Tensor, keys: Iterable[tuple[int, ...]], epoch: int, number: int) -> Tensor:
+        """Erase and mix pictures in place, by what hangs on their keys and on the place of the batch; gives labels."""
+        with _traceless(self.world.device):
+            self._erase(x, keys)
+            return self._mix(x, y, epoch, number)
+
     def _erase(self, x: Tensor, keys: Iterable[tuple[int, ...]]) -> None:
         """Erase a rectangle of some pictures, in place."""
         if self._erasing is None:
@@ -250,11 +253,11 @@ class ImageData:
             batches = [[(0, i) for i in mine[first : first + self.share]] for first in range(0, len(mine), self.share)]
             workers, samples = min(self.workers, len(batches)), self._validation_samples
         # Those that read the validation part would be in the way for most of the time.
-        return self._reading(
+        return self._batched(
             samples, workers, batch_sampler=batches, persistent_workers=part == "train" and workers > 0
         )
 
-    def _reading(self, samples: Dataset[Any], workers: int, seed: int = 0, **batching: Any) -> DataLoader[Any]:
+    def _batched(self, samples: Dataset[Any], workers: int, seed: int = 0, **batching: Any) -> DataLoader[Any]:
         # The loader draws a number for its workers: not from the training process's generator.
         generator = torch.Generator()
         generator.manual_seed(seed)

@@ -18,6 +18,7 @@ from smpconv_zoo.training.engine import Engine, EpochLog, Outcome
 from smpconv_zoo.training.images import ImageData, worker_death
 from smpconv_zoo.training.recipe import ImageRecipe, SequenceRecipe
 from smpconv_zoo.training.run_folder import RunFolder
+from smpconv_zoo.training.streams import StreamData, is_stream
 from smpconv_zoo.training.world import World, join_world
 
 __all__ = ["Run", "open_data", "start_network", "train"]
@@ -146,6 +147,12 @@ def train(
                 for sentence in passed_over or ():
                     note(f"passed over a broken checkpoint: {sentence}")
                 note(f"goes on after step {engine.update}" if engine.update else "no checkpoint yet: starts anew")
+                if isinstance(opened, StreamData) and opened.began_by and engine.update % engine.updates_per_epoch:
+                    note(
+                        "{} processes with {} readers each began this epoch: its rest is another one".format(
+                            *opened.began_by
+                        )
+                    )
         try:
             outcome = engine.fit()
         except RuntimeError as error:
@@ -198,9 +205,15 @@ def open_data(
         return arrays
     if data_dir is None:
         raise FileNotFoundError(
-            "--data-dir is missing: a folder of class folders, with train/ and val/ or without, tar files, shards, or "
-            "hfds/NAME"
+            "--data-dir is missing: a folder of class folders, with train/ and val/ or without, tar files, shards, "
+            "hfds/NAME, or a stream: wds/ADDRESS, hfids/NAME, tfds/NAME"
         )
+    if is_stream(data_dir):
+        streamed = StreamData(recipe, str(data_dir), model, world, workers=workers)
+        if check and world.leads:
+            streamed.check(progress)
+        world.wait()
+        return streamed
     pictures = open_pictures(data_dir)
     opened = ImageData(recipe, pictures, model, world, workers=workers)
     if check and world.leads:
