@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smpconv_zoo.data.folders import Pictures, PictureSet, check_labels, read_picture
 from smpconv_zoo.data.protocol import hold_out
-from smpconv_zoo.training.recipe import ImageRecipe
+from smpconv_zoo.training.recipe import STREAM_FIELDS, ImageRecipe
 from smpconv_zoo.training.world import World
 
 __all__ = ["ImageData", "transformed", "worker_death"]
@@ -80,6 +80,8 @@ class ImageData:
         self, recipe: ImageRecipe, pictures: Pictures, model: nn.Module, world: World, *, workers: int = 4
     ) -> None:
         check_labels(pictures, getattr(model, "num_classes", None))
+        if unused := [field for field in STREAM_FIELDS if getattr(recipe, field) is not None]:
+            raise ValueError(f"{', '.join(unused)}: of a stream alone, and {pictures.where} is none")
         self._prepare(recipe, model, world, workers, len(pictures.classes))
         self.pictures = pictures
         self._train, (chosen_from, self._validation, self._chosen_by) = _parts(recipe, pictures, self._seed)

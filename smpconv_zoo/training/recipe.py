@@ -29,6 +29,8 @@ PROTOCOLS = {
 INPUTS = ("sequence", "permuted sequence", "image 28 x 28", "image 32 x 32")
 DTYPES = ("float32", "bfloat16", "float16")
 PICTURES = ("imagenet", "pictures")
+# Of an image recipe, what is said of data that are streamed.
+STREAM_FIELDS = ("train_split", "val_split", "num_samples", "input_key", "target_key", "shuffle_size")
 ARRAYS = ("mnist5k", "mnist", "cifar10", "character-trajectories", "speech-commands", "series")
 
 

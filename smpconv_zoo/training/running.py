@@ -147,12 +147,8 @@ def train(
                 for sentence in passed_over or ():
                     note(f"passed over a broken checkpoint: {sentence}")
                 note(f"goes on after step {engine.update}" if engine.update else "no checkpoint yet: starts anew")
-                if isinstance(opened, StreamData) and opened.began_by and engine.update % engine.updates_per_epoch:
-                    note(
-                        "{} processes with {} readers each began this epoch: its rest is another one".format(
-                            *opened.began_by
-                        )
-                    )
+                if engine.update % engine.updates_per_epoch and isinstance(opened, StreamData) and opened.note:
+                    note(opened.note)
         try:
             outcome = engine.fit()
         except RuntimeError as error:

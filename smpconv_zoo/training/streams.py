@@ -102,8 +102,7 @@ class StreamData(ImageData):
 
     Attributes:
         classes: Names, in the order of the labels; numbers where the stream has none.
-        began_by: After :meth:`load_state_dict`: processes that train, and readers of each, by which the epoch under way
-            was begun, where they were others than now. Of its rest some pictures are seen again then, others not.
+        note: After :meth:`load_state_dict`: what a user should know of an epoch that goes on, if it is another one.
 
     Raises:
         ImportError: The package that reads it is not there.
@@ -134,7 +133,7 @@ class StreamData(ImageData):
             )
         self.classes = names or tuple(map(str, range(self._outputs)))
         self.workers = self._learned.readers(self.workers, world.size)
-        self.began_by: tuple[int, int] | None = None
+        self.note: str | None = None
         self._entered = (0, 0)
         self._under_way: Any = None
 
@@ -241,7 +240,7 @@ class StreamData(ImageData):
         return {"pictures": digest, "read by": [self.world.size, self.workers]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Check that the stream is that of :meth:`state_dict`.
+        """Check that the stream is that of :meth:`state_dict`, and note if it is read by others.
 
         Raises:
             ValueError: It is another one.
@@ -253,8 +252,13 @@ class StreamData(ImageData):
             raise ValueError(
                 f"{self.where} is not the stream that this run began with: go on with that one, or start another run"
             )
-        processes, readers = state["read by"]
-        self.began_by = None if [processes, readers] == ours["read by"] else (processes, readers)
+        self.note = None
+        if state["read by"] != ours["read by"]:
+            then, now = ("{} x {}".format(*read_by["read by"]) for read_by in (state, ours))
+            self.note = (
+                f"this epoch was begun by {then} readers, and goes on with {now}: of what is left of it, some pictures "
+                "were seen already, and others are not seen"
+            )
 
     def _loader(self, part: str) -> DataLoader[Any]:
         source = self._chosen if part.endswith("validation") else self._learned
@@ -526,7 +530,8 @@ def _reading(url: str) -> Iterator[Any]:
         if re.match("https?:", url):
             if shutil.which(_CURL[0]) is None:
                 raise ValueError("curl, by which addresses are read, is not installed")
-            stream = Pipe([*_CURL, url], mode="rb", stderr=subprocess.PIPE)
+            # Ctrl-C is for the run, which ends its readers after it has saved.
+            stream = Pipe([*_CURL, url], mode="rb", stderr=subprocess.PIPE, start_new_session=True)
         else:
             stream = gopen(url, "rb")
         yield stream
