@@ -263,6 +263,12 @@ def test_a_hugging_face_dataset_is_streamed(
         streamed(where, num_samples=40, val_split="test")
     with pytest.raises(ValueError, match=r"has 3 classes, the network 5: give it as many"):
         streamed(where, num_samples=40, classes=5)
+    if write is as_parquet:
+        shard = root / "data" / "train-00002-of-00004.parquet"
+        shard.write_bytes(shard.read_bytes()[:-100])
+        for workers in (0, 2):
+            said = complaint(lambda: list(streamed(where, workers=workers, num_samples=40).epoch(0)))
+            assert re.fullmatch(rf"{where}, train cannot be read any further: .*{shard}.*", said), said
 
 
 # ------------------------------------------------------------------------------------------------- what decides a batch

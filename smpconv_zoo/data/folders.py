@@ -11,7 +11,8 @@ Four kinds, by timm's names, are told apart by what lies there, or by a prefix:
 - ``DIR`` (``hfds/``), or ``hfds/NAME`` of the Hub: a Hugging Face dataset, saved by ``save_to_disk`` or as parquet.
 
 Tars and shards are indexed once, by their headers: after that every picture can be read by itself, wherever it lies.
-The package ``webdataset`` is not needed for that. Shards behind an address, which can only be streamed, are not taken.
+The package ``webdataset`` is not needed for that. What can only be streamed, shards behind an address among it, is of
+:mod:`smpconv_zoo.training.streams`.
 """
 
 from __future__ import annotations
@@ -122,7 +123,15 @@ def open_pictures(where: str | os.PathLike[str]) -> Pictures:
     prefix, slash, rest = where.partition("/")
     kind = prefix.lower() if slash and prefix.lower() in KINDS else None
     if slash and kind is None and prefix.lower() in ("hfids", "tfds", "torch"):
-        raise ValueError(f"{where}: data of the kind {prefix}/ are not taken; there are {', '.join(KINDS)}")
+        raise ValueError(
+            f"{where}: data of the kind {prefix}/ are not taken; there are {', '.join(KINDS)}, and for training alone "
+            "streams, hfids and tfds"
+        )
+    if "://" in where or where.startswith("wds/pipe:") or (kind == "wds" and "{" in rest):
+        raise ValueError(
+            f"{where}: what is streamed cannot be opened picture by picture; `smpconv-zoo train` takes it, named "
+            "wds/ADDRESS"
+        )
     path = Path(rest if kind else where).expanduser()
     if kind == "hfds":
         # What is no folder here is a name on the Hub.

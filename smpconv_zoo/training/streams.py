@@ -743,6 +743,9 @@ def _both(
 
 
 def _rows(reader: Any, name: str, input_key: str | None = None) -> Iterator[_Record]:
+    # The package names a broken file in its log alone.
+    log, heard = logging.getLogger("datasets"), _Heard()
+    log.addHandler(heard)
     try:
         reader._lazy_init()
         if input_key is not None:
@@ -757,7 +760,20 @@ def _rows(reader: Any, name: str, input_key: str | None = None) -> Iterator[_Rec
             path = picture.get("path") if isinstance(picture, dict) else None
             yield _Record(f"{name} ({path})" if path else name, picture, label)
     except Exception as error:  # of the network, of file formats: whatever the data bring about
-        raise ValueError(f"{name} cannot be read any further: {_line(error)}") from error
+        raise ValueError(f"{name} cannot be read any further: {heard.last or _line(error)}") from error
+    finally:
+        log.removeHandler(heard)
+
+
+class _Heard(logging.Handler):
+    """The last error that was logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.last = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.last = " ".join(record.getMessage().split())
 
 
 def _reader(name: str, options: dict[str, Any], training: bool) -> Any:
