@@ -718,7 +718,9 @@ def _tensorflow(name: str, recipe: ImageRecipe, options: dict[str, Any]) -> tupl
         try:
             reader = make(training)
         except Exception as error:  # of TensorFlow, of the Hub of its datasets: whatever the name brings about
-            raise ValueError(f"{where}, {split} cannot be opened by TensorFlow Datasets: {_line(error)}") from error
+            # Of a name that it does not know, it goes on to name all that it knows.
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"{where}, {split} cannot be opened by TensorFlow Datasets: {reason}") from error
         records = partial(_rows, name=f"{where}, {split}")
         return _Part(
             f"{where}, {split}", split, reader, make, records, reader.num_samples, classes=tuple(reader.class_to_idx)
