@@ -267,7 +267,7 @@ def test_a_hugging_face_dataset_is_streamed(
         shard = root / "data" / "train-00002-of-00004.parquet"
         shard.write_bytes(shard.read_bytes()[:-100])
         for workers in (0, 2):
-            said = complaint(lambda: list(streamed(where, workers=workers, num_samples=40).epoch(0)))
+            said = complaint(lambda w=workers: list(streamed(where, workers=w, num_samples=40).epoch(0)))
             assert re.fullmatch(rf"{where}, train cannot be read any further: .*{shard}.*", said), said
 
 
