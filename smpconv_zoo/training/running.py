@@ -206,13 +206,16 @@ def open_data(
         )
     if is_stream(data_dir):
         streamed = StreamData(recipe, str(data_dir), model, world, workers=workers)
-        if check and world.leads:
-            streamed.check(progress)
-        world.wait()
+        if check:
+            streamed.check(progress if world.leads else None)
         return streamed
     pictures = open_pictures(data_dir)
     opened = ImageData(recipe, pictures, model, world, workers=workers)
-    if check and world.leads:
-        check_pictures(pictures, progress=progress)
-    world.wait()
+    if check:
+        check_pictures(
+            pictures,
+            progress=progress if world.leads else None,
+            share=(world.rank, world.size),
+            gather=world.gathered,
+        )
     return opened

@@ -138,10 +138,10 @@ class StreamData(ImageData):
         self._under_way: Any = None
 
     def check(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read the first picture of every shard; where shards have no names, that of every part.
+        """Read the first picture of every shard, each process that of some; of every part, where shards have no names.
 
         Args:
-            progress: Called with the shards looked at and those in all.
+            progress: Called with the shards looked at and those in all, of this process.
 
         Raises:
             ValueError: What cannot be read, by name.
@@ -156,12 +156,13 @@ class StreamData(ImageData):
                     progress(done, len(parts))
             return
         look = partial(_fault, recipe=self.recipe, form=self._form, outputs=self._outputs)
-        faults = []
+        mine, found = urls[self.world.rank :: self.world.size], []
         with ThreadPoolExecutor(8) as pool:
-            for done, fault in enumerate(pool.map(look, urls), 1):
-                faults += [] if fault is None else [fault]
+            for done, fault in enumerate(pool.map(look, mine), 1):
+                found += [] if fault is None else [fault]
                 if progress is not None:
-                    progress(done, len(urls))
+                    progress(done, len(mine))
+        faults = sorted(fault for some in self.world.gathered(found) for fault in some)
         if faults:
             more = f"; and {len(faults) - _NAMED:,} more" if len(faults) > _NAMED else ""
             raise ValueError(f"{len(faults):,} of {len(urls):,} shards are no good: {'; '.join(faults[:_NAMED])}{more}")
