@@ -372,7 +372,9 @@ def train(
     data_dir: Annotated[
         str | None,
         typer.Option(
-            metavar="DIR", envvar="SMPCONV_DATA", help="Where the data lie; the digits of MNIST-5k need none."
+            metavar="DIR",
+            envvar="SMPCONV_DATA",
+            help="Where the data lie, or a stream (wds/ADDRESS, hfids/NAME); the digits of MNIST-5k need none.",
         ),
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch data that are missing, where it can be.")] = False,

@@ -82,6 +82,7 @@ ORDER_WITHIN = {
     "training": (
         ("augment", "batches", "groups", "recipe", "schedules", "step", "sync_norm", "world"),
         ("checkpointing", "arrays", "images", "saving"),
+        ("streams",),
         ("run_folder",),
         ("engine",),
         ("running",),
@@ -194,6 +195,7 @@ OPTIONAL = (
     "scipy",
     "sklearn",
     "typer",
+    "webdataset",
 )
 
 

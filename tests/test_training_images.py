@@ -641,6 +641,14 @@ def test_what_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         open_pictures(tmp_path / "a.zip")
     with pytest.raises(ValueError, match="data of the kind tfds/ are not taken"):
         open_pictures("tfds/imagenet2012")
+    for where in (
+        "wds/https://host/x-{0..3}.tar",
+        "https://host/x.tar",
+        "wds/dir/x-{0..3}.tar|9",
+        "wds/pipe:cat x.tar",
+    ):
+        with pytest.raises(ValueError, match=r"smpconv-zoo train` takes it, named wds/ADDRESS"):
+            open_pictures(where)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install .smpconv-zoo\[hf\]"):
         open_pictures("hfds/someone/something")

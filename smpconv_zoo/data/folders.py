@@ -11,7 +11,8 @@ Four kinds, by timm's names, are told apart by what lies there, or by a prefix:
 - ``DIR`` (``hfds/``), or ``hfds/NAME`` of the Hub: a Hugging Face dataset, saved by ``save_to_disk`` or as parquet.
 
 Tars and shards are indexed once, by their headers: after that every picture can be read by itself, wherever it lies.
-The package ``webdataset`` is not needed for that. Shards behind an address, which can only be streamed, are not taken.
+The package ``webdataset`` is not needed for that. What can only be streamed, shards behind an address among it, is of
+:mod:`smpconv_zoo.training.streams`.
 """
 
 from __future__ import annotations
@@ -41,8 +42,12 @@ __all__ = [
     "Pictures",
     "check_labels",
     "check_pictures",
+    "class_number",
     "convert_picture",
+    "decode_picture",
+    "find_split",
     "open_pictures",
+    "picture_columns",
     "read_picture",
     "unreadable_pictures",
 ]
@@ -122,7 +127,15 @@ def open_pictures(where: str | os.PathLike[str]) -> Pictures:
     prefix, slash, rest = where.partition("/")
     kind = prefix.lower() if slash and prefix.lower() in KINDS else None
     if slash and kind is None and prefix.lower() in ("hfids", "tfds", "torch"):
-        raise ValueError(f"{where}: data of the kind {prefix}/ are not taken; there are {', '.join(KINDS)}")
+        raise ValueError(
+            f"{where}: data of the kind {prefix}/ are not taken; there are {', '.join(KINDS)}, and for training alone "
+            "streams, hfids and tfds"
+        )
+    if "://" in where or where.startswith("wds/pipe:") or (kind == "wds" and "{" in rest):
+        raise ValueError(
+            f"{where}: what is streamed cannot be opened picture by picture; `smpconv-zoo train` takes it, named "
+            "wds/ADDRESS"
+        )
     path = Path(rest if kind else where).expanduser()
     if kind == "hfds":
         # What is no folder here is a name on the Hub.
@@ -225,11 +238,18 @@ def read_picture(pictures: PictureSet, index: int, mode: str = "RGB", upright: b
     Raises:
         ValueError: It cannot be read; the message names it.
     """
+    return decode_picture(lambda: pictures.open(index), lambda: pictures.name(index), mode, upright)
+
+
+def decode_picture(
+    opened: Callable[[], BinaryIO], name: Callable[[], str], mode: str = "RGB", upright: bool = True
+) -> Image.Image:
+    """A picture as :func:`read_picture` gives it, from what ``opened`` opens; ``name`` is what a message calls it."""
     try:
-        with pictures.open(index) as file, Image.open(file) as image:
+        with opened() as file, Image.open(file) as image:
             return convert_picture(image, mode, upright)
     except Exception as error:  # OSErrors, SyntaxErrors, TypeErrors and more: whatever the bytes bring about
-        raise ValueError(f"{pictures.name(index)} cannot be read as a picture: {_line(error)}") from error
+        raise ValueError(f"{name()} cannot be read as a picture: {_line(error)}") from error
 
 
 def convert_picture(image: Image.Image, mode: str = "RGB", upright: bool = True) -> Image.Image:
@@ -675,11 +695,11 @@ def _read_shards(tars: list[Path]) -> _Members:
             if f".{suffix}" in IMG_EXTENSIONS:
                 waiting[key] = member
             elif suffix == "cls":
-                known[key] = _number(file.read(), f"{tar}:{member.name}")
+                known[key] = class_number(file.read(), f"{tar}:{member.name}")
             elif suffix == "json":
                 described[key] = file.read()
         for key in set(waiting) & set(described) - set(known):
-            known[key] = _number(described[key], f"{tar}:{key}.json", "label")
+            known[key] = class_number(described[key], f"{tar}:{key}.json", "label")
         if bare := sorted(set(waiting) - set(known)):
             raise ValueError(f"{tar} holds pictures without a label, KEY.cls beside KEY.jpg: {_listed(bare)}")
         pictures += waiting.values()
@@ -687,7 +707,7 @@ def _read_shards(tars: list[Path]) -> _Members:
     return _Members(tars, pictures, labels, shards=True)
 
 
-def _number(data: bytes, name: str, field: str | None = None) -> int:
+def class_number(data: bytes, name: str, field: str | None = None) -> int:
     """The number of a class that a file holds, alone or as a field of JSON."""
     try:
         return int(data if field is None else json.loads(data)[field])
@@ -713,12 +733,11 @@ def _hugging_face(where: str, source: str | Path) -> Pictures:
     except Exception as error:  # of the Hub, of file formats, of arrow: whatever the data bring about
         raise ValueError(f"{where} cannot be opened as a Hugging Face dataset: {_line(error)}") from error
     splits = dict(found) if isinstance(found, dict) else {_TRAIN[0]: found}
-    train = _first(_TRAIN, splits)
+    train = find_split(splits, training=True)
     if train is None:
         raise ValueError(f"{where} has no split {_TRAIN[0]} to learn from, only {', '.join(splits)}")
     features = splits[train].features
-    picture = _column(where, features, ("image", "img", "picture"), datasets.Image)
-    label = _column(where, features, ("label", "labels", "class", "fine_label"), datasets.ClassLabel)
+    picture, label = picture_columns(where, features)
     values = [value for value in splits[train][label][:] if value is not None]
     names = getattr(features[label], "names", None)
     if names is None:
@@ -739,7 +758,26 @@ def _hugging_face(where: str, source: str | Path) -> Pictures:
 
     rows = part(train)
     assert rows is not None
-    return _checked(Pictures(where, "hfds", tuple(names), rows, part(_first(_VALIDATION, splits))))
+    return _checked(Pictures(where, "hfds", tuple(names), rows, part(find_split(splits, training=False))))
+
+
+def find_split(names: Iterable[str], *, training: bool) -> str | None:
+    """The split to learn from, or to validate on, by timm's synonyms; None if there is none."""
+    return _first(_TRAIN if training else _VALIDATION, names)
+
+
+def picture_columns(where: str, features: Any) -> tuple[str, str]:
+    """Names of the columns of pictures and of labels among the features of a Hugging Face dataset.
+
+    Raises:
+        ValueError: There is no such column.
+    """
+    import datasets
+
+    return (
+        _column(where, features, ("image", "img", "picture"), datasets.Image),
+        _column(where, features, ("label", "labels", "class", "fine_label"), datasets.ClassLabel),
+    )
 
 
 def _column(where: str, features: Any, usual: tuple[str, ...], kind: type) -> str:

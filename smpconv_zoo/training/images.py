@@ -22,7 +22,7 @@ import re
 import signal
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, cast
 
@@ -38,10 +38,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from smpconv_zoo.data.folders import Pictures, PictureSet, check_labels, read_picture
 from smpconv_zoo.data.protocol import hold_out
-from smpconv_zoo.training.recipe import ImageRecipe
+from smpconv_zoo.training.recipe import STREAM_FIELDS, ImageRecipe
 from smpconv_zoo.training.world import World
 
-__all__ = ["ImageData", "worker_death"]
+__all__ = ["ImageData", "transformed", "worker_death"]
 
 # What a seed is drawn for.
 _ORDER, _PICTURE, _ERASING, _MIXING, _HOLDING_OUT = range(5)
@@ -79,56 +79,21 @@ class ImageData:
     def __init__(
         self, recipe: ImageRecipe, pictures: Pictures, model: nn.Module, world: World, *, workers: int = 4
     ) -> None:
-        if workers < 0:
-            raise ValueError(f"workers must be 0 or more, got {workers}")
         check_labels(pictures, getattr(model, "num_classes", None))
-        shares = world.size * recipe.micro_batches
-        if recipe.batch_size % shares:
-            raise ValueError(
-                f"a batch of {recipe.batch_size} cannot be shared evenly by {world.size} processes in "
-                f"{recipe.micro_batches} micro_batches each: make batch_size a multiple of {shares}"
-            )
-        self.recipe = recipe
+        if unused := [field for field in STREAM_FIELDS if getattr(recipe, field) is not None]:
+            raise ValueError(f"{', '.join(unused)}: of a stream alone, and {pictures.where} is none")
+        self._prepare(recipe, model, world, workers, len(pictures.classes))
         self.pictures = pictures
-        self.world = world
-        self.workers = min(workers, _cpus())
-        self.share = recipe.batch_size // shares
-        self._seed = recipe.seed % 2**63
         self._train, (chosen_from, self._validation, self._chosen_by) = _parts(recipe, pictures, self._seed)
         if len(self._train) < recipe.batch_size:
             raise ValueError(
                 f"{len(self._train):,} training pictures fill no step of {recipe.batch_size}: lower batch_size"
             )
         self.batches = len(self._train) // recipe.batch_size * recipe.micro_batches
-
-        config = resolve_data_config({"img_size": recipe.image_size, "crop_pct": recipe.crop}, model=model)
-        channels = int(getattr(model, "in_chans", config["input_size"][0]))
-        if channels not in (1, 3):
-            raise ValueError(f"a picture has 1 or 3 channels, the network takes {channels}")
-        self.input_size = (channels, *config["input_size"][1:])
-        mean, std = (_per_channel(config[name], channels) for name in ("mean", "std"))
-        self._normalise = {"mean": mean, "std": std, "channels": channels, "device": world.device}
-        # ImageNet is learned and measured as its files are stored: a few are tagged as turned.
-        form = ("RGB" if channels == 3 else "L", recipe.data != "imagenet")
-        augment = _augmentation(recipe, self.input_size, mean)
-        self._samples = _Samples(pictures.train, augment, *form, self._seed)
-        centre = create_transform(
-            self.input_size,
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
-            use_prefetcher=True,
-        )
-        self._validation_samples = _Samples(chosen_from, centre, *form, None)
-        self._erasing = RandomErasing(recipe.erasing, mode="pixel", device=world.device) if recipe.erasing else None
-        classes = int(getattr(model, "num_classes", len(pictures.classes)))
-        self._mixup = _mixup(recipe, classes, self.share)
-        # The authors mix a whole part of a process at one strength.
-        together = self.share if recipe.protocol == "reference" else _MIXED_TOGETHER
-        self._mixed_together = math.gcd(self.share, together)
+        self._samples = _Samples(pictures.train, self._augment, *self._form, self._seed)
+        self._validation_samples = _Samples(chosen_from, self._centre, *self._form, None)
         shape = (len(self._train) // recipe.batch_size, world.size, recipe.micro_batches, self.share)
         self._sampler = _EpochSampler(pictures.train, self._train, self._seed, shape, world.rank)
-        self._loaders: dict[str, PrefetchLoader] = {}
 
     def close(self) -> None:
         """End the processes that read; the next epoch starts others."""
@@ -146,10 +111,7 @@ class ImageData:
         self._sampler.enter(epoch, start)
         batches = zip(self._read("train"), self._sampler, strict=True)
         for number, ((x, y), keys) in enumerate(batches, start):
-            with _traceless(self.world.device):
-                self._erase(x, keys)
-                y = self._mix(x, y, epoch, number)
-            yield x, y
+            yield x, self._finish(x, y, keys, epoch, number)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The pictures to choose by, every ``size``-th from the rank on, at the centre of each.
@@ -195,7 +157,52 @@ class ImageData:
                 "those, or start another run"
             )
 
-    def _erase(self, x: Tensor, keys: list[tuple[int, int]]) -> None:
+    def _prepare(self, recipe: ImageRecipe, model: nn.Module, world: World, workers: int, classes: int) -> None:
+        """All that does not hang on where the pictures lie."""
+        if workers < 0:
+            raise ValueError(f"workers must be 0 or more, got {workers}")
+        shares = world.size * recipe.micro_batches
+        if recipe.batch_size % shares:
+            raise ValueError(
+                f"a batch of {recipe.batch_size} cannot be shared evenly by {world.size} processes in "
+                f"{recipe.micro_batches} micro_batches each: make batch_size a multiple of {shares}"
+            )
+        self.recipe = recipe
+        self.world = world
+        self.workers = min(workers, _cpus())
+        self.share = recipe.batch_size // shares
+        self._seed = recipe.seed % 2**63
+        config = resolve_data_config({"img_size": recipe.image_size, "crop_pct": recipe.crop}, model=model)
+        channels = int(getattr(model, "in_chans", config["input_size"][0]))
+        if channels not in (1, 3):
+            raise ValueError(f"a picture has 1 or 3 channels, the network takes {channels}")
+        self.input_size = (channels, *config["input_size"][1:])
+        mean, std = (_per_channel(config[name], channels) for name in ("mean", "std"))
+        self._normalise = {"mean": mean, "std": std, "channels": channels, "device": world.device}
+        # ImageNet is learned and measured as its files are stored: a few are tagged as turned.
+        self._form = ("RGB" if channels == 3 else "L", recipe.data != "imagenet")
+        self._augment = _augmentation(recipe, self.input_size, mean)
+        self._centre = create_transform(
+            self.input_size,
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+            use_prefetcher=True,
+        )
+        self._erasing = RandomErasing(recipe.erasing, mode="pixel", device=world.device) if recipe.erasing else None
+        self._mixup = _mixup(recipe, int(getattr(model, "num_classes", classes)), self.share)
+        # The authors mix a whole part of a process at one strength.
+        together = self.share if recipe.protocol == "reference" else _MIXED_TOGETHER
+        self._mixed_together = math.gcd(self.share, together)
+        self._loaders: dict[str, PrefetchLoader] = {}
+
+    def _finish(self, x: Tensor, y: Tensor, keys: Iterable[tuple[int, ...]], epoch: int, number: int) -> Tensor:
+        """Erase and mix pictures in place, by what hangs on their keys and on the place of the batch; gives labels."""
+        with _traceless(self.world.device):
+            self._erase(x, keys)
+            return self._mix(x, y, epoch, number)
+
+    def _erase(self, x: Tensor, keys: Iterable[tuple[int, ...]]) -> None:
         """Erase a rectangle of some pictures, in place."""
         if self._erasing is None:
             return
@@ -207,7 +214,8 @@ class ImageData:
         """Mix pictures in place; gives their mixed labels."""
         if self._mixup is None:
             return y
-        step, first = divmod(self._sampler.first(number), self.recipe.batch_size)
+        place = _place(number, self.world.rank, self.world.size, self.recipe.micro_batches, self.share)
+        step, first = divmod(place, self.recipe.batch_size)
         targets = []
         for start in range(0, len(x), self._mixed_together):
             together = slice(start, start + self._mixed_together)
@@ -246,17 +254,23 @@ class ImageData:
             mine = self._validation[self.world.rank :: self.world.size].tolist()
             batches = [[(0, i) for i in mine[first : first + self.share]] for first in range(0, len(mine), self.share)]
             workers, samples = min(self.workers, len(batches)), self._validation_samples
+        # Those that read the validation part would be in the way for most of the time.
+        return self._batched(
+            samples, workers, batch_sampler=batches, persistent_workers=part == "train" and workers > 0
+        )
+
+    def _batched(self, samples: Dataset[Any], workers: int, seed: int = 0, **batching: Any) -> DataLoader[Any]:
+        # The loader draws a number for its workers: not from the training process's generator.
+        generator = torch.Generator()
+        generator.manual_seed(seed)
         return DataLoader(
             samples,
-            batch_sampler=batches,
             num_workers=workers,
             collate_fn=fast_collate,
             pin_memory=self.world.device.type == "cuda",
             worker_init_fn=_begin_worker,
-            # Those that read the validation part would be in the way for most of the time.
-            persistent_workers=part == "train" and workers > 0,
-            # The loader draws a number for its workers, which need none: not from the training process's generator.
-            generator=torch.Generator(),
+            generator=generator,
+            **batching,
         )
 
 
@@ -291,10 +305,16 @@ class _Samples(Dataset[Any]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         picture = read_picture(self.pictures, key[1], self.mode, self.upright)
-        with _traceless():
-            if self.seed is not None:
-                _reseed(None, self.seed, _PICTURE, *key)
-            return self.transform(picture), int(self.pictures.labels[key[1]])
+        drawn = None if self.seed is None else (self.seed, *key)
+        return transformed(picture, self.transform, drawn), int(self.pictures.labels[key[1]])
+
+
+def transformed(picture: Image.Image, transform: Any, key: tuple[int, ...] | None) -> Tensor:
+    """A picture as bytes ``(C, H, W)``: what is drawn for it hangs on ``key`` alone, and no generator is moved."""
+    with _traceless():
+        if key is not None:
+            _reseed(None, key[0], _PICTURE, *key[1:])
+        return transform(picture)
 
 
 class _EpochSampler(Sampler[list[tuple[int, int]]]):
@@ -328,17 +348,17 @@ class _EpochSampler(Sampler[list[tuple[int, int]]]):
         steps, _, parts, _ = self.shape
         return steps * parts - self.start
 
-    def first(self, number: int) -> int:
-        """Place in the order of the epoch at which a micro-batch begins."""
-        _, processes, parts, share = self.shape
-        step, part = divmod(number, parts)
-        return ((step * processes + self.rank) * parts + part) * share
-
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = self.pictures.order(self.indices, _draw(self.seed, _ORDER, self.epoch))
         for number in range(self.start, self.start + len(self)):
-            first = self.first(number)
+            first = _place(number, self.rank, *self.shape[1:])
             yield [(self.epoch, int(index)) for index in order[first : first + self.shape[-1]]]
+
+
+def _place(number: int, rank: int, processes: int, parts: int, share: int) -> int:
+    """Place in the order of the epoch at which a micro-batch of a process begins."""
+    step, part = divmod(number, parts)
+    return ((step * processes + rank) * parts + part) * share
 
 
 def _begin_worker(number: int) -> None:

@@ -29,6 +29,8 @@ PROTOCOLS = {
 INPUTS = ("sequence", "permuted sequence", "image 28 x 28", "image 32 x 32")
 DTYPES = ("float32", "bfloat16", "float16")
 PICTURES = ("imagenet", "pictures")
+# Of an image recipe, what is said of data that are streamed.
+STREAM_FIELDS = ("train_split", "val_split", "num_samples", "input_key", "target_key", "shuffle_size")
 # Series that come with the aeon package, or are drawn from a seed.
 SERIES = (
     "acsf1",
@@ -207,6 +209,12 @@ class ImageRecipe(Recipe):
         smoothing: Of the labels.
         crop: Share of the resized picture's side that validation takes from its centre; None for the network's own.
         held_out: Share of the training pictures that ``protocol: sound`` chooses by, where there is no validation part.
+        train_split: Of a stream: the split to learn from, or a pattern of shards; None for what its name says.
+        val_split: Of a stream: the split to choose by, or a pattern of shards; None for its validation part.
+        num_samples: Of a stream: training pictures in an epoch; None for what the stream says.
+        input_key: Of a stream: column of the pictures; None for the column that is of pictures.
+        target_key: Of a stream: column, or field of ``KEY.json``, of the labels; None for the usual ones.
+        shuffle_size: Of a stream: pictures among which each process that reads draws the next; None for timm's number.
     """
 
     image_size: int | None = None
@@ -225,9 +233,19 @@ class ImageRecipe(Recipe):
     smoothing: float = 0.1
     crop: float | None = None
     held_out: float = 0.1
+    train_split: str | None = None
+    val_split: str | None = None
+    num_samples: int | None = None
+    input_key: str | None = None
+    target_key: str | None = None
+    shuffle_size: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for field in ("num_samples", "shuffle_size"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise ValueError(f"{field} must be null or positive, got {value}")
         if self.data not in PICTURES:
             raise ValueError(f"pictures are one of {', '.join(PICTURES)}, got {self.data!r}")
         if self.image_size is not None and self.image_size < 1:

@@ -18,6 +18,7 @@ from smpconv_zoo.training.engine import Engine, EpochLog, Outcome
 from smpconv_zoo.training.images import ImageData, worker_death
 from smpconv_zoo.training.recipe import ImageRecipe, SequenceRecipe
 from smpconv_zoo.training.run_folder import RunFolder
+from smpconv_zoo.training.streams import StreamData, is_stream
 from smpconv_zoo.training.world import World, join_world
 
 __all__ = ["Run", "open_data", "start_network", "train"]
@@ -146,6 +147,8 @@ def train(
                 for sentence in passed_over or ():
                     note(f"passed over a broken checkpoint: {sentence}")
                 note(f"goes on after step {engine.update}" if engine.update else "no checkpoint yet: starts anew")
+                if engine.update % engine.updates_per_epoch and isinstance(opened, StreamData) and opened.note:
+                    note(opened.note)
         try:
             outcome = engine.fit()
         except RuntimeError as error:
@@ -198,9 +201,14 @@ def open_data(
         return arrays
     if data_dir is None:
         raise FileNotFoundError(
-            "--data-dir is missing: a folder of class folders, with train/ and val/ or without, tar files, shards, or "
-            "hfds/NAME"
+            "--data-dir is missing: a folder of class folders, with train/ and val/ or without, tar files, shards, "
+            "hfds/NAME, or a stream: wds/ADDRESS, hfids/NAME, tfds/NAME"
         )
+    if is_stream(data_dir):
+        streamed = StreamData(recipe, str(data_dir), model, world, workers=workers)
+        if check:
+            streamed.check(progress if world.leads else None)
+        return streamed
     pictures = open_pictures(data_dir)
     opened = ImageData(recipe, pictures, model, world, workers=workers)
     if check:
