@@ -1,0 +1,516 @@
+"""Figures and tables read off cards and logs alone: accuracy, training, other resolutions, the study, speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from smpconv_zoo.evaluation.resolution import WAYS, ResolutionResult
+from smpconv_zoo.pretrained.cards import CheckpointCard
+from smpconv_zoo.reporting.drawing import Drawing, Text
+from smpconv_zoo.reporting.figure import Figure, Source, Table, form_look
+from smpconv_zoo.reporting.logs import (
+    RESULTS,
+    Record,
+    Study,
+    StudyRun,
+    read_record,
+    read_resolution,
+    read_search,
+    read_training,
+    summarize,
+)
+from smpconv_zoo.reporting.panel import Axis, Panel, short_number, spread
+
+__all__ = [
+    "accuracy_figure",
+    "checkpoint_table",
+    "dropped_figure",
+    "resolution_figure",
+    "speed_tables",
+    "study_figures",
+    "study_table",
+    "training_figure",
+    "wilson_interval",
+]
+
+STUDY = f"{RESULTS}/study.jsonl"
+
+# How each kind of kernel is drawn in every figure of the study; kinds unknown here follow.
+VARIANTS = {
+    "points": ("points that move", "first", "circle"),
+    "grid": ("fixed grid", "second", "square"),
+    "mlp": ("kernel made by an MLP", "third", "triangle"),
+}
+_FURTHER = (("fourth", "diamond"), ("plain", "circle"), ("wrong", "square"), ("ink", "triangle"))
+
+
+def checkpoint_table(cards: Sequence[CheckpointCard]) -> Table:
+    """Every checkpoint, published figures in a column of their own."""
+    rows = tuple(
+        (
+            card.id,
+            f"{card.data.name}, {card.data.input}",
+            f"{card.parameters:,}",
+            "" if card.paper is None else f"{card.paper.top1:.2f}",
+            "" if card.measured is None else f"{card.measured.top1:.2f}",
+            "in the package" if card.status == "embedded" else "the authors', import",
+        )
+        for card in cards
+    )
+    return Table(
+        "checkpoints",
+        "Checkpoints",
+        "Top-1 accuracy in percent. The two columns of figures do not compare: the authors' are of the data named, as "
+        "they publish them; ours are of a split of 5,000 real digits, a thousand of them to test on, once.",
+        ("checkpoint", "data", "parameters", "paper", "measured", "weights"),
+        rows,
+        (Source("weights/README.md", "python -m smpconv_zoo.evaluation.tables --page"),),
+        words=(0, 1, 5),
+    )
+
+
+def accuracy_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure:
+    """Measured accuracy against parameters and against the time of an epoch; published accuracy against parameters."""
+    measured = [card for card in cards if card.measured is not None and card.training is not None]
+    published = [card for card in cards if card.paper is not None]
+    times = {card.id: read_training(root / card.training.log).typical_seconds for card in measured if card.training}
+    ends = {card.id: wilson_interval(card.measured.correct, card.measured.total) for card in measured if card.measured}
+    accuracy = Axis("top-1 on the test part, %", *spread([100 * end for pair in ends.values() for end in pair]))
+    drawings = []
+    for title, label, value in (
+        ("Measured, by size", "parameters", lambda card: float(card.parameters)),
+        ("Measured, by time", "seconds of training an epoch", lambda card: times[card.id]),
+    ):
+        places = [value(card) for card in measured]
+        panel = Panel(title, Axis(label, *spread(places, log=True, room=0.3), log=True), accuracy)
+        for card, x in zip(measured, places, strict=True):
+            assert card.measured is not None
+            _, colour, shape = form_look(card.data.input)
+            low, high = ends[card.id]
+            panel.whisker(x, 100 * low, 100 * high, colour)
+            title = f"{card.id}: {card.measured.top1:.2f} % ({card.measured.correct} of {card.measured.total})"
+            panel.dots([(x, card.measured.top1)], colour, 9, shape, title=title)
+            panel.words(x, card.measured.top1, f"{card.measured.top1:.2f}", colour)
+        said = "; ".join(
+            f"{card.id} {card.measured.top1:.2f} % at {short_number(x)}"
+            for card, x in zip(measured, places, strict=True)
+            if card.measured
+        )
+        drawings.append(panel.drawn(f"Test accuracy against {label}: {said}."))
+    drawings.append(_published_panel(published))
+    sources = [Source(card.training.log, card.training.command) for card in measured if card.training]
+    return Figure(
+        "accuracy",
+        "Accuracy, size and time",
+        "Bars are 95 % intervals (Wilson) of a thousand test digits: differences of half a point are noise. The time is "
+        "the median epoch of 4,000 digits on one H100, augmentation included. On the right, hollow, what the authors "
+        "publish for other data; those figures were not measured here.",
+        tuple(drawings),
+        (*sources, Source("weights/README.md", "python -m smpconv_zoo.evaluation.tables --page")),
+        (*(_form_entry(card) for card in measured), ("published", "muted", "circle")),
+    )
+
+
+def _form_entry(card: CheckpointCard) -> tuple[str, str, str | None]:
+    name, colour, shape = form_look(card.data.input)
+    return f"digits as {name}", colour, shape
+
+
+def _published_panel(cards: Sequence[CheckpointCard]) -> Drawing:
+    x = Axis("parameters", *spread([float(card.parameters) for card in cards], log=True), log=True)
+    values = [card.paper.top1 for card in cards if card.paper]
+    panel = Panel("Published, by size", x, Axis("top-1, %", *spread(values)))
+    panel.dots([(card.parameters, card.paper.top1) for card in cards if card.paper], "muted", 8, hollow=True)
+    # Names beside their marks, pushed apart where accuracies are close.
+    left, lowest = True, math.inf
+    placed: list[tuple[float, float, str, bool]] = []
+    for card in sorted((card for card in cards if card.paper), key=lambda card: card.paper.top1 if card.paper else 0):
+        assert card.paper is not None
+        across, down = panel.at(card.parameters, card.paper.top1)
+        left = across > (panel.left + panel.right) / 2
+        lowest = min(down + 4, lowest - 12.5 if placed and placed[-1][3] == left else math.inf)
+        placed.append((across + (-9 if left else 9), lowest, f"{card.tag} {card.paper.top1:.2f}", left))
+    panel.marks += [Text(a, d, words, anchor="end" if left else "start") for a, d, words, left in placed]
+    said = "; ".join(f"{card.id} {card.paper.top1:.2f} %" for card in cards if card.paper)
+    return panel.drawn(f"Accuracies that the authors publish, against parameters: {said}.")
+
+
+def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, float]:
+    """Ends of the Wilson score interval of a share, for 95 % unless ``z`` says otherwise."""
+    share = correct / total
+    middle = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / (1 + z**2 / total)
+    return middle - half, min(1.0, middle + half)
+
+
+def training_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure:
+    """Losses of the final runs, and validation accuracies of the runs by which their recipes were chosen."""
+    trained = [card for card in cards if card.status == "embedded" and card.training is not None]
+    logs = {card.id: read_training(root / card.training.log) for card in trained if card.training}
+    losses = [loss for log in logs.values() for loss in log.losses]
+    longest = max(len(log.losses) for log in logs.values())
+    panel = Panel("Final runs", Axis("epoch", 0, longest), Axis("training loss", *spread(losses, log=True), log=True))
+    for card in trained:
+        panel.line(enumerate(logs[card.id].losses, 1), form_look(card.data.input)[1])
+    said = "; ".join(f"{card.id} ends at {logs[card.id].losses[-1]:.3f}" for card in trained)
+    drawings = [panel.drawn(f"Training loss of each epoch, logarithmic: {said}.")]
+    sources = [Source(card.training.log, card.training.command) for card in trained if card.training]
+    search = root / RESULTS / "search_mnist5k.jsonl"
+    if search.is_file():
+        commands, candidates = read_search(search)
+        for name in dict.fromkeys(recipe["id"] for recipe, _ in candidates):
+            own = [(recipe, curve) for recipe, curve in candidates if recipe["id"] == name and curve]
+            drawings.append(_search_panel(name, own, logs[name].recipe if name in logs else {}))
+        sources += [Source(f"{RESULTS}/{search.name}", command) for command in commands]
+    return Figure(
+        "training",
+        "Training",
+        "Losses fall smoothly to the end of the cosine. Recipes were chosen on 500 validation digits (thick: the chosen "
+        "one, thin: the others); the final run then learns from those as well, and has nothing left to validate on.",
+        tuple(drawings),
+        tuple(sources),
+        tuple(
+            (f"digits as {name}", colour, None)
+            for name, colour, _ in dict.fromkeys(form_look(card.data.input) for card in trained)
+        ),
+    )
+
+
+def _search_panel(name: str, candidates: Sequence[tuple[dict[str, Any], Any]], chosen: dict[str, Any]) -> Drawing:
+    longest = max(curve[-1][0] for _, curve in candidates)
+    panel = Panel(
+        f"Choosing: {name.partition('.')[2]}", Axis("epoch", 0, longest), Axis("validation top-1, %", 90, 100)
+    )
+    colour = form_look(candidates[0][0]["input"])[1]
+    for recipe, curve in sorted(candidates, key=lambda candidate: candidate[0] == chosen):
+        best = recipe == chosen
+        seen = [(epoch, value) for epoch, value in curve if value >= 90]
+        panel.line(seen, colour if best else "plain", 2.2 if best else 1.0)
+    ends = ", ".join(f"{curve[-1][1]:.2f}" for _, curve in candidates)
+    return panel.drawn(f"Validation accuracy of the candidates for {name}, epoch by epoch; they end at {ends} %.")
+
+
+def resolution_figure(root: Path) -> Figure | None:
+    """Accuracy at other resolutions than the training's; None where that was not measured."""
+    path = root / RESULTS / "resolution.jsonl"
+    if not path.is_file():
+        return None
+    command, results = read_resolution(path)
+    looks = {"continuous": ("first", "circle"), "resized": ("second", "square"), "fixed": ("plain", "triangle")}
+    drawings = []
+    for name in dict.fromkeys(result.id for result in results):
+        drawings.append(_resolution_panel(name, [result for result in results if result.id == name], looks))
+    return Figure(
+        "resolution",
+        "Other resolutions, without training",
+        "Left as it is, a network fails away from its resolution; with its points read off at the new grid it holds. "
+        "That is as good as resizing the input, and better on permuted pixels at half the rate.",
+        tuple(drawings),
+        (Source(f"{RESULTS}/resolution.jsonl", f"python eval/{command}"), Source("docs/resolution.md", "")),
+        (
+            ("points read off at the new grid", "first", "circle"),
+            ("input resized", "second", "square"),
+            ("network as it is", "plain", "triangle"),
+        ),
+    )
+
+
+def _resolution_panel(name: str, results: Sequence[ResolutionResult], looks: dict[str, tuple[str, str]]) -> Drawing:
+    trained = results[0].trained
+    sizes = sorted({result.size for result in results})
+    x = Axis("samples, or pixels of a side", *spread(sizes, log=True), log=True, ticks=tuple(map(float, sizes)))
+    panel = Panel(name.partition(".")[2], x, Axis("top-1, %", 0, 103, ticks=(0, 25, 50, 75, 100)))
+    panel.reference(trained)
+    for way in reversed(WAYS[::-1]):
+        colour, shape = looks[way]
+        points = sorted((r.size, r.top1) for r in results if r.way == way or r.size == trained)
+        panel.line(points, colour)
+        panel.dots(points, colour, 8, shape)
+    said = "; ".join(f"{r.way} at {r.size} {r.top1:.1f} %" for r in results)
+    return panel.drawn(f"Accuracy of {name} against the size of the input, trained at {trained}: {said}.")
+
+
+def study_table(study: Study) -> Table:
+    """Test accuracy of every kind of kernel on every data set, mean and deviation over seeds."""
+    variants = _looks(study)
+    rows = []
+    for data, dropped in dict.fromkeys((run.data, run.dropped) for run in study.runs):
+        own = [run for run in study.runs if (run.data, run.dropped) == (data, dropped)]
+        cells = [_figure([r.test for r in own if r.variant == variant]) for variant in variants]
+        rows.append((data if not dropped else f"{data}, {dropped:g} % dropped", *cells))
+    return Table(
+        "study-table",
+        "Points, grids, generated kernels",
+        "Test top-1 in percent: mean ± standard deviation (seeds). Every network of a row has the same blocks, data, "
+        "schedule and choice by validation; only its large kernels differ.",
+        ("data", *(name for name, _, _ in variants.values())),
+        tuple(rows),
+        _study_sources(study),
+    )
+
+
+def study_figures(study: Study) -> list[Figure]:
+    """Accuracy of every kind of kernel against parameters and against the time of a step, and the way there."""
+    figures = []
+    complete = [run for run in study.runs if not run.dropped]
+    for id_, title, label, value, caption in (
+        (
+            "study-size",
+            "Accuracy and size",
+            "parameters",
+            lambda run: run.parameters,
+            "One panel a data set. Small marks are seeds, large ones their mean: higher and further left is better.",
+        ),
+        (
+            "study-time",
+            "Accuracy and time",
+            "ms of a training step",
+            lambda run: run.step_ms,
+            "The same accuracies against the time of a training step.",
+        ),
+    ):
+        drawings = tuple(_trade_panels(study, complete, label, value))
+        if drawings:
+            figures.append(Figure(id_, title, caption, drawings, _study_sources(study), _study_legend(study)))
+    curves = tuple(_curve_panels(study, complete))
+    if curves:
+        caption = "Validation accuracy, mean over seeds, with the range of seeds behind it."
+        figures.append(
+            Figure("study-curves", "On the way", caption, curves, _study_sources(study), _study_legend(study), True)
+        )
+    return figures
+
+
+def _trade_panels(
+    study: Study, runs: Sequence[StudyRun], label: str, value: Callable[[StudyRun], float | None]
+) -> Iterable[Drawing]:
+    for data in dict.fromkeys(run.data for run in runs):
+        own = [(run, x, run.test) for run in runs if run.data == data and run.test is not None and (x := value(run))]
+        if not own:
+            continue
+        x = Axis(label, *spread([x for _, x, _ in own], log=True, room=0.25), log=True)
+        panel = Panel(data, x, Axis("test top-1, %", *spread([top1 for _, _, top1 in own])))
+        said = []
+        for variant, (name, colour, shape) in _looks(study).items():
+            mine = [(at, top1) for run, at, top1 in own if run.variant == variant]
+            if not mine:
+                continue
+            middle = summarize([at for at, _ in mine]).mean, summarize([top1 for _, top1 in mine])
+            panel.dots(mine, colour, 5, shape, opacity=0.45)
+            title = f"{name}: {_figure([top1 for _, top1 in mine])} at {short_number(middle[0])}"
+            panel.dots([(middle[0], middle[1].mean)], colour, 10, shape, title=title)
+            said.append(title)
+        yield panel.drawn(f"Test accuracy on {data} against {label}: {'; '.join(said)}.")
+
+
+def _curve_panels(study: Study, runs: Sequence[StudyRun]) -> Iterable[Drawing]:
+    for data in dict.fromkeys(run.data for run in runs):
+        own = [run for run in runs if run.data == data and run.curve]
+        if not own:
+            continue
+        values = [value for run in own for _, value in run.curve]
+        longest = max(run.curve[-1][0] for run in own)
+        panel = Panel(data, Axis("epoch", 0, longest), Axis("validation top-1, %", *spread(values, room=0.04)))
+        ends = []
+        for variant, (name, colour, _) in _looks(study).items():
+            at: dict[float, list[float]] = {}
+            for run in own:
+                for epoch, value in run.curve if run.variant == variant else ():
+                    at.setdefault(epoch, []).append(value)
+            if at:
+                panel.band([(epoch, min(values), max(values)) for epoch, values in sorted(at.items())], colour)
+                panel.line([(epoch, summarize(values).mean) for epoch, values in sorted(at.items())], colour)
+                ends.append(f"{name} {summarize(at[max(at)]).mean:.1f} %")
+        yield panel.drawn(f"Validation accuracy on {data}, epoch by epoch; at the end {', '.join(ends)}.")
+
+
+def dropped_figure(study: Study) -> Figure | None:
+    """Accuracy against the share of samples left out; None where the study has no such runs."""
+    drawings = []
+    for data in dict.fromkeys(run.data for run in study.runs if run.dropped):
+        own = [run for run in study.runs if run.data == data and run.test is not None]
+        if not own:
+            continue
+        shares = sorted({run.dropped for run in own})
+        x = Axis("samples left out, %", *spread(shares, room=0.06), ticks=tuple(shares))
+        panel = Panel(data, x, Axis("test top-1, %", *spread([run.test for run in own if run.test is not None])))
+        said = []
+        for variant, (name, colour, shape) in _looks(study).items():
+            found = [
+                (share, summarize(values))
+                for share in shares
+                if (values := [r.test for r in own if r.variant == variant and r.dropped == share and r.test])
+            ]
+            panel.line([(share, summary.mean) for share, summary in found], colour)
+            for share, summary in found:
+                panel.whisker(share, summary.mean - summary.deviation, summary.mean + summary.deviation, colour)
+            panel.dots([(share, summary.mean) for share, summary in found], colour, 8, shape)
+            said += [f"{name} at {share:g} % {summary.mean:.1f} %" for share, summary in found]
+        drawings.append(panel.drawn(f"Test accuracy on {data} against the samples left out: {'; '.join(said)}."))
+    if not drawings:
+        return None
+    return Figure(
+        "dropped",
+        "Dropped samples",
+        "So many samples of every sequence are left out, and the network is told which. Marks are means over seeds, "
+        "bars a standard deviation.",
+        tuple(drawings),
+        _study_sources(study),
+        _study_legend(study),
+    )
+
+
+def _figure(values: Sequence[float | None]) -> str:
+    there = [value for value in values if value is not None]
+    if not there:
+        return ""
+    summary = summarize(there)
+    deviation = f" ± {summary.deviation:.2f}" if summary.count > 1 else ""
+    return f"{summary.mean:.2f}{deviation} ({summary.count})"
+
+
+def _looks(study: Study) -> dict[str, tuple[str, str, str]]:
+    """Of every kind of kernel in the study its name, colour and shape: known kinds first, in their order."""
+    there = dict.fromkeys(run.variant for run in study.runs)
+    further = [variant for variant in there if variant not in VARIANTS]
+    found = {variant: look for variant, look in VARIANTS.items() if variant in there}
+    return found | {variant: (variant, *_FURTHER[i % len(_FURTHER)]) for i, variant in enumerate(further)}
+
+
+def _study_legend(study: Study) -> tuple[tuple[str, str, str | None], ...]:
+    return tuple(_looks(study).values())
+
+
+def _study_sources(study: Study) -> tuple[Source, ...]:
+    return tuple(Source(STUDY, command) for command in study.commands or ("",))
+
+
+def speed_tables(root: Path) -> list[Table]:
+    """What the benchmarks recorded: sequence networks, image networks, the convolution."""
+    makers: tuple[tuple[Callable[[list[Record]], Table], tuple[str, ...]], ...] = (
+        (_sequence_table, ("sequence_h100.json", "sequence_cpu.json", "sequence_cpu_raw32.json")),
+        (_cpu_table, ("cpu.json", "cpu_bfloat16.json")),
+        (_model_table, ("model_h100.json",)),
+        (_operator_table, ("operator_h100.json",)),
+    )
+    tables = []
+    for make, names in makers:
+        records = [record for name in names if (record := read_record(root, name)) is not None]
+        if records:
+            tables.append(make(records))
+    return tables
+
+
+def _sources(records: Sequence[Record]) -> tuple[Source, ...]:
+    return tuple(Source(record.path, record.command) for record in records)
+
+
+def _ms(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" if value < 1 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def _times(peer: float | None, ours: float | None) -> str:
+    return "" if peer is None or not ours else f"{peer / ours:.1f} ×"
+
+
+def _sequence_table(records: Sequence[Record]) -> Table:
+    rows = tuple(
+        (
+            result["network"],
+            record.hardware,
+            " × ".join(map(str, result["shape"])),
+            _ms(result["train_graph_ms"] or result["train_ms"]),
+            _ms(result["inference_graph_ms"] or result["inference_ms"]),
+            _times(result["peer_train_ms"], result["train_ms"]),
+        )
+        for record in records
+        for result in record.results
+    )
+    return Table(
+        "speed-sequence",
+        "Sequence networks",
+        "Milliseconds of a training step and of a forward pass in float32; on the GPU each is one CUDA graph. The last "
+        "column says how many times as long a step takes with dense kernels and torch.fft, where that was timed.",
+        ("network", "hardware", "input", "step, ms", "pass, ms", "dense takes"),
+        rows,
+        _sources(records),
+        words=(0, 1, 2),
+    )
+
+
+def _cpu_table(records: Sequence[Record]) -> Table:
+    rows = tuple(
+        (
+            result["network"],
+            f"{result['work']}, {result['dtype']}",
+            str(result["batch_size"]),
+            _ms(result["ours_ms"]),
+            _ms(result["peer_ms"]),
+            result["peer"],
+            f"{result['ratio']:.2f}",
+        )
+        for record in records
+        for result in record.results
+    )
+    return Table(
+        "speed-cpu",
+        "Image networks on two CPU cores",
+        "Milliseconds, in turns with a peer in the same process; below 1 in the last column ours is faster. In bfloat16 "
+        "ConvNeXt is ahead.",
+        ("network", "work", "batch", "ours, ms", "peer, ms", "peer", "ours / peer"),
+        rows,
+        _sources(records),
+        words=(0, 1, 5),
+    )
+
+
+def _model_table(records: Sequence[Record]) -> Table:
+    rows = tuple(
+        (
+            result["network"],
+            f"{result['work']}, {result['dtype']}",
+            result["layout"],
+            str(result["batch_size"]),
+            f"{result['images_per_second']:,.0f}",
+            "" if result["peak_gib"] is None else f"{result['peak_gib']:.1f}",
+        )
+        for record in records
+        for result in record.results
+    )
+    return Table(
+        "speed-model",
+        "Image networks on one H100",
+        "Random images of 224 x 224 that lie on the GPU already.",
+        ("network", "work", "layout", "batch", "images / s", "peak, GiB"),
+        rows,
+        _sources(records),
+        words=(0, 1, 2),
+    )
+
+
+def _operator_table(records: Sequence[Record]) -> Table:
+    """The largest batch of the depthwise convolution, by backend."""
+    rows = []
+    for record in records:
+        largest = max(result["batch"] for result in record.results)
+        for result in record.results:
+            if result["batch"] == largest and result["forward_ms"] is not None:
+                shape = f"{result['channels']} × {result['height']} × {result['width']}, {result['kernel']}"
+                times = (_ms(result[key]) for key in ("forward_ms", "input_ms", "weight_ms", "floor_ms"))
+                rows.append((result["backend"], shape, result["dtype"], *times))
+    return Table(
+        "speed-operator",
+        "The depthwise convolution on one H100",
+        "Milliseconds at batch 128: forward, gradient to the input, gradient to the weight. The floor is the time to "
+        "read and write the maps once.",
+        ("backend", "map and kernel", "dtype", "forward", "to input", "to weight", "floor"),
+        tuple(rows),
+        _sources(records),
+        words=(0, 1, 2),
+        folded=True,
+    )

@@ -1,0 +1,227 @@
+"""The report, put together: what is measured again for it, what is read from logs, and where each part stands."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from smpconv_zoo.data.protocol import pixel_permutation
+from smpconv_zoo.environment import hardware, versions
+from smpconv_zoo.evaluation.classification import evaluate_checkpoint, load_pretrained
+from smpconv_zoo.evaluation.figures import require_matplotlib
+from smpconv_zoo.evaluation.test_sets import open_test_set
+from smpconv_zoo.files import write_whole
+from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
+from smpconv_zoo.reporting.drawing import drawings_to_png
+from smpconv_zoo.reporting.figure import Figure, form_look
+from smpconv_zoo.reporting.log_figures import (
+    STUDY,
+    accuracy_figure,
+    checkpoint_table,
+    dropped_figure,
+    resolution_figure,
+    speed_tables,
+    study_figures,
+    study_table,
+    training_figure,
+)
+from smpconv_zoo.reporting.logs import find_clone, read_study
+from smpconv_zoo.reporting.network_figures import Look, confusion_figure, kernel_figure, receptive_figure
+from smpconv_zoo.reporting.page import Links, Section, Tile, render_page
+from smpconv_zoo.reporting.start import recreate_start
+from smpconv_zoo.training.arrays import load_parts, pixels_as_input
+from smpconv_zoo.training.recipe import SequenceRecipe, load_recipe
+
+__all__ = ["log_sections", "look_at", "network_sections", "write_report_page"]
+
+TITLE = "SMPConv, measured"
+LEAD = (
+    "Convolution kernels made of a few learned points that move: what networks of them reach on real data, what the "
+    "points do in training, and how fast it goes. Every figure links to the log behind it."
+)
+
+# Validation samples for a receptive field, at most.
+SAMPLES = 500
+
+
+def write_report_page(
+    out: str | os.PathLike[str],
+    *,
+    repository: Path | None = None,
+    png: str | os.PathLike[str] | None = None,
+    batch_size: int = 100,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Measure the shipped checkpoints again, read the logs, and write the page.
+
+    Args:
+        out: The HTML file; its folder is made if need be.
+        repository: The clone whose logs are shown; the one that this package lies in if None.
+        png: A folder for the figures as PNG files, too.
+        batch_size: Samples at a time.
+        progress: Called with the steps done and in all.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        FileNotFoundError: No clone of the repository, or data of a checkpoint that are not there.
+        ImportError: matplotlib, for PNG files, or a package with data is not installed; the message names it.
+        ValueError: A log is not what it should be.
+        OSError: A file cannot be read or written.
+    """
+    page = Path(out)
+    root = find_clone(repository)
+    if png is not None:
+        require_matplotlib()
+    cards = _cards()
+    sections = log_sections(root)
+    embedded = [card for card in cards if card.status == "embedded"]
+    # All data are opened before the first network runs.
+    for card in embedded:
+        open_test_set(card)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    looks = []
+    for done, card in enumerate(embedded):
+        if progress is not None:
+            progress(done, len(embedded) + 1)
+        looks.append(look_at(card, batch_size))
+    if progress is not None:
+        progress(len(embedded), len(embedded) + 1)
+    sections |= network_sections(looks)
+    ordered = [sections[name] for name in ORDER if name in sections]
+    made = (
+        f"Made by smpconv-zoo report on {hardware('cpu').partition(',')[0]}, with "
+        f"{', '.join(f'{name} {version}' for name, version in versions().items())}. Networks were run in float32 on the "
+        "CPU; times come from the logs alone."
+    )
+    content = render_page(TITLE, LEAD, _tiles(embedded), ordered, made, Links(root, page))
+    if png is not None:
+        _write_pictures(Path(png), ordered)
+    write_whole(page, content.encode())
+    return page
+
+
+# Sections by their ids, as the page has them.
+ORDER = ("results", "study", "training", "kernels", "fields", "confusions", "resolutions", "speed")
+
+
+def _cards() -> list[CheckpointCard]:
+    return sorted(map(checkpoint_card, list_checkpoints()), key=lambda card: (card.status != "embedded", card.id))
+
+
+def log_sections(root: Path) -> dict[str, Section]:
+    """What is read off the cards and the logs of the clone at ``root``, by the ids of the sections.
+
+    Raises:
+        ValueError: A log is not what it should be.
+        OSError: A log cannot be read.
+    """
+    cards = _cards()
+    resolution = resolution_figure(root)
+    found = [
+        Section("results", "Checkpoints", "", (accuracy_figure(cards, root), checkpoint_table(cards))),
+        _study_section(root),
+        Section("training", "Training", "", (training_figure(cards, root),)),
+        Section("speed", "Speed", "As recorded; nothing was timed for this page.", tuple(speed_tables(root))),
+    ]
+    if resolution is not None:
+        found.append(Section("resolutions", "Resolutions", "", (resolution,)))
+    return {section.id: section for section in found}
+
+
+def _study_section(root: Path) -> Section:
+    study = read_study(root / STUDY)
+    title = "Points or grids"
+    if study is None:
+        return Section(
+            "study",
+            title,
+            f"The comparison with fixed grids, kernels made by an MLP and dropped samples is left out: there is no "
+            f"{STUDY} yet.",
+        )
+    dropped = dropped_figure(study)
+    parts = (study_table(study), *study_figures(study), *(() if dropped is None else (dropped,)))
+    return Section(
+        "study",
+        title,
+        "What the points are worth: the same networks, trained alike, with large kernels of other kinds.",
+        parts,
+    )
+
+
+def look_at(card: CheckpointCard, batch_size: int = 100) -> Look:
+    """A checkpoint whose data are at hand: measured on its test part, its start drawn again, samples to look with.
+
+    Raises:
+        FileNotFoundError: Its data are not there.
+        ImportError: A package with data is not installed.
+    """
+    model = load_pretrained(card).requires_grad_(False)
+    recipe = load_recipe(card.id)
+    assert isinstance(recipe, SequenceRecipe), f"{card.id} is not of data in memory"
+    samples, order, picture = _validation_samples(recipe)
+    return Look(
+        card=card,
+        model=model,
+        start=recreate_start(recipe, model),
+        samples=samples,
+        order=order,
+        picture=picture,
+        result=evaluate_checkpoint(card.id, batch_size=batch_size),
+    )
+
+
+def _validation_samples(recipe: SequenceRecipe) -> tuple[Tensor, Tensor | None, bool]:
+    """Inputs of the validation part, evenly chosen, the order of their pixels, and whether they are pictures in rows."""
+    parts = load_parts(recipe)
+    assert parts.validation is not None
+    images, _ = parts.validation
+    images = images[torch.linspace(0, len(images) - 1, min(SAMPLES, len(images))).round().long()]
+    order = None
+    if recipe.permutation_seed is not None:
+        order = torch.from_numpy(pixel_permutation(recipe.permutation_seed, n=images[0, 0].numel()))
+    square = images.dim() == 4 and images.size(-1) == images.size(-2) and not recipe.input.startswith("image")
+    return pixels_as_input(images, recipe.input, order), order, square
+
+
+def network_sections(looks: list[Look]) -> dict[str, Section]:
+    """What is read off the networks themselves, by the ids of the sections."""
+    kernels = tuple(figure for look in looks if (figure := kernel_figure(look)) is not None)
+    confusion = confusion_figure(looks)
+    found = [
+        Section(
+            "kernels",
+            "Kernels and points",
+            "A kernel is drawn by its points: each has a place, a radius and a value for every channel, all learned.",
+            kernels,
+        ),
+        Section("fields", "Receptive fields", "", (receptive_figure(looks),)),
+        Section("confusions", "Confusions", "", () if confusion is None else (confusion,)),
+    ]
+    return {section.id: section for section in found if section.parts}
+
+
+def _tiles(cards: list[CheckpointCard]) -> list[Tile]:
+    return [
+        Tile(
+            f"{card.measured.top1:.2f} %",
+            f"digits as {form_look(card.data.input)[0]}s",
+            f"{card.measured.correct} of {card.measured.total} test digits, {card.parameters:,} parameters",
+            card.measured.log,
+        )
+        for card in cards
+        if card.measured is not None
+    ]
+
+
+def _write_pictures(folder: Path, sections: list[Section]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for section in sections:
+        for part in section.parts:
+            if isinstance(part, Figure):
+                write_whole(folder / f"{part.id}.png", drawings_to_png(part.drawings, part.title, part.legend))
