@@ -50,7 +50,7 @@ COLOURS = {
     "plain": ("#6b7484", "#98a2b1"),
     "wrong": ("#b3261e", "#ff8f85"),
 }
-SHAPES = ("circle", "square", "triangle", "diamond")
+SHAPES = ("circle", "square", "triangle", "diamond", "ring")
 
 # Of pictures: values above zero and below, seen through by as much as they are small, so that either ground will do.
 ABOVE, BELOW = (47, 111, 200), (214, 98, 28)
@@ -94,7 +94,6 @@ class Dots:
     colour: str
     size: float = 7.0
     shape: str = "circle"
-    hollow: bool = False
     opacity: float = 1.0
     title: str = ""
 
@@ -203,17 +202,17 @@ def _svg_mark(mark: Mark) -> str:
 def _svg_dots(mark: Dots) -> str:
     title = f"<title>{html.escape(mark.title)}</title>" if mark.title else ""
     opacity = _opacity(mark.opacity)
-    if mark.shape == "circle" and not mark.hollow:
+    if mark.shape == "circle":
         # A round end of a line of no length is a dot, and a tenth of the text of a circle.
         path = "".join(f"M{_n(x)} {_n(y)}h0" for x, y in mark.places)
         return f'<path class="s-{mark.colour} dot" d="{path}" stroke-width="{_n(mark.size)}"{opacity}>{title}</path>'
-    look = f's-{mark.colour} open" stroke-width="1.6' if mark.hollow else f"f-{mark.colour}"
+    look = f's-{mark.colour} open" stroke-width="1.6' if mark.shape == "ring" else f"f-{mark.colour}"
     path = "".join(_outline(mark.shape, x, y, mark.size / 2) for x, y in mark.places)
     return f'<path class="{look}" d="{path}"{opacity}>{title}</path>'
 
 
 def _outline(shape: str, x: float, y: float, r: float) -> str:
-    if shape == "circle":
+    if shape == "ring":
         return f"M{_n(x - r)} {_n(y)}a{_n(r)} {_n(r)} 0 1 0 {_n(2 * r)} 0a{_n(r)} {_n(r)} 0 1 0 {_n(-2 * r)} 0z"
     corners = [(x + r * dx, y + r * dy) for dx, dy in _CORNERS[shape]]
     return "M" + "L".join(f"{_n(a)} {_n(b)}" for a, b in corners) + "z"
@@ -314,7 +313,7 @@ def _draw(target: Any, mark: Mark, left: float, top: float) -> None:
             fontsize=mark.size * point,
             ha={"start": "left", "middle": "center", "end": "right"}[mark.anchor],
             va="baseline",
-            fontweight="semibold" if mark.bold else "normal",
+            fontweight="bold" if mark.bold else "normal",
             zorder=5,
         )
         return
@@ -347,14 +346,15 @@ def _draw(target: Any, mark: Mark, left: float, top: float) -> None:
         target.add_patch(patch)
     elif mark.places:
         x, y = zip(*mark.places, strict=True)
-        sign = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D"}[mark.shape]
+        sign = {"circle": "o", "square": "s", "triangle": "^", "diamond": "D", "ring": "o"}[mark.shape]
+        ring = mark.shape == "ring"
         target.scatter(
             [left + value for value in x],
             [top + value for value in y],
             s=(mark.size * point) ** 2,
             marker=sign,
-            facecolors="none" if mark.hollow else colour,
-            edgecolors=colour if mark.hollow else "none",
+            facecolors="none" if ring else colour,
+            edgecolors=colour if ring else "none",
             linewidths=1.2,
             **look,
         )

@@ -9,7 +9,7 @@ from typing import Any
 
 from smpconv_zoo.evaluation.resolution import WAYS, ResolutionResult
 from smpconv_zoo.pretrained.cards import CheckpointCard
-from smpconv_zoo.reporting.drawing import Drawing, Text
+from smpconv_zoo.reporting.drawing import Box, Drawing, Line, Mark, Text
 from smpconv_zoo.reporting.figure import Figure, Source, Table, form_look
 from smpconv_zoo.reporting.logs import (
     RESULTS,
@@ -22,13 +22,14 @@ from smpconv_zoo.reporting.logs import (
     read_training,
     summarize,
 )
-from smpconv_zoo.reporting.panel import Axis, Panel, short_number, spread
+from smpconv_zoo.reporting.panel import WIDTH, Axis, Panel, short_number, spread
 
 __all__ = [
     "accuracy_figure",
     "checkpoint_table",
     "dropped_figure",
     "resolution_figure",
+    "speed_figure",
     "speed_tables",
     "study_figures",
     "study_table",
@@ -80,12 +81,12 @@ def accuracy_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure:
     ends = {card.id: wilson_interval(card.measured.correct, card.measured.total) for card in measured if card.measured}
     accuracy = Axis("top-1 on the test part, %", *spread([100 * end for pair in ends.values() for end in pair]))
     drawings = []
-    for title, label, value in (
+    for heading, label, value in (
         ("Measured, by size", "parameters", lambda card: float(card.parameters)),
         ("Measured, by time", "seconds of training an epoch", lambda card: times[card.id]),
     ):
         places = [value(card) for card in measured]
-        panel = Panel(title, Axis(label, *spread(places, log=True, room=0.3), log=True), accuracy)
+        panel = Panel(heading, Axis(label, *spread(places, log=True, room=0.3), log=True), accuracy)
         for card, x in zip(measured, places, strict=True):
             assert card.measured is not None
             _, colour, shape = form_look(card.data.input)
@@ -105,12 +106,12 @@ def accuracy_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure:
     return Figure(
         "accuracy",
         "Accuracy, size and time",
-        "Bars are 95 % intervals (Wilson) of a thousand test digits: differences of half a point are noise. The time is "
-        "the median epoch of 4,000 digits on one H100, augmentation included. On the right, hollow, what the authors "
-        "publish for other data; those figures were not measured here.",
+        "Bars are 95 % intervals (Wilson) of a thousand test digits: half a point is noise. The time is that of the "
+        "median epoch, 4,000 digits on one H100, augmentation included. On the right, hollow, what the authors publish "
+        "for other data; those figures were not measured here.",
         tuple(drawings),
         (*sources, Source("weights/README.md", "python -m smpconv_zoo.evaluation.tables --page")),
-        (*(_form_entry(card) for card in measured), ("published", "muted", "circle")),
+        (*(_form_entry(card) for card in measured), ("published", "muted", "ring")),
     )
 
 
@@ -123,7 +124,7 @@ def _published_panel(cards: Sequence[CheckpointCard]) -> Drawing:
     x = Axis("parameters", *spread([float(card.parameters) for card in cards], log=True), log=True)
     values = [card.paper.top1 for card in cards if card.paper]
     panel = Panel("Published, by size", x, Axis("top-1, %", *spread(values)))
-    panel.dots([(card.parameters, card.paper.top1) for card in cards if card.paper], "muted", 8, hollow=True)
+    panel.dots([(card.parameters, card.paper.top1) for card in cards if card.paper], "muted", 8, "ring")
     # Names beside their marks, pushed apart where accuracies are close.
     left, lowest = True, math.inf
     placed: list[tuple[float, float, str, bool]] = []
@@ -168,8 +169,8 @@ def training_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure:
     return Figure(
         "training",
         "Training",
-        "Losses fall smoothly to the end of the cosine. Recipes were chosen on 500 validation digits (thick: the chosen "
-        "one, thin: the others); the final run then learns from those as well, and has nothing left to validate on.",
+        "Recipes were chosen by 500 validation digits: thick the chosen one, thin the others, such as without "
+        "augmentation. The final run then learns from those digits as well, and has nothing left to validate on.",
         tuple(drawings),
         tuple(sources),
         tuple(
@@ -182,12 +183,12 @@ def training_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure:
 def _search_panel(name: str, candidates: Sequence[tuple[dict[str, Any], Any]], chosen: dict[str, Any]) -> Drawing:
     longest = max(curve[-1][0] for _, curve in candidates)
     panel = Panel(
-        f"Choosing: {name.partition('.')[2]}", Axis("epoch", 0, longest), Axis("validation top-1, %", 90, 100)
+        f"Choosing: {name.partition('.')[2]}", Axis("epoch", 0, longest), Axis("validation top-1, %", 85, 100)
     )
     colour = form_look(candidates[0][0]["input"])[1]
     for recipe, curve in sorted(candidates, key=lambda candidate: candidate[0] == chosen):
         best = recipe == chosen
-        seen = [(epoch, value) for epoch, value in curve if value >= 90]
+        seen = [(epoch, value) for epoch, value in curve if value >= 85]
         panel.line(seen, colour if best else "plain", 2.2 if best else 1.0)
     ends = ", ".join(f"{curve[-1][1]:.2f}" for _, curve in candidates)
     return panel.drawn(f"Validation accuracy of the candidates for {name}, epoch by epoch; they end at {ends} %.")
@@ -205,9 +206,9 @@ def resolution_figure(root: Path) -> Figure | None:
         drawings.append(_resolution_panel(name, [result for result in results if result.id == name], looks))
     return Figure(
         "resolution",
-        "Other resolutions, without training",
-        "Left as it is, a network fails away from its resolution; with its points read off at the new grid it holds. "
-        "That is as good as resizing the input, and better on permuted pixels at half the rate.",
+        "Other resolutions",
+        "The same test digits, sampled more or less densely, and networks that were trained at the dashed size alone: "
+        "left as they are, with the input resized to what they know, or with their points read off at the new grid.",
         tuple(drawings),
         (Source(f"{RESULTS}/resolution.jsonl", f"python eval/{command}"), Source("docs/resolution.md", "")),
         (
@@ -224,11 +225,11 @@ def _resolution_panel(name: str, results: Sequence[ResolutionResult], looks: dic
     x = Axis("samples, or pixels of a side", *spread(sizes, log=True), log=True, ticks=tuple(map(float, sizes)))
     panel = Panel(name.partition(".")[2], x, Axis("top-1, %", 0, 103, ticks=(0, 25, 50, 75, 100)))
     panel.reference(trained)
-    for way in reversed(WAYS[::-1]):
+    for way in WAYS:
         colour, shape = looks[way]
         points = sorted((r.size, r.top1) for r in results if r.way == way or r.size == trained)
         panel.line(points, colour)
-        panel.dots(points, colour, 8, shape)
+        panel.dots(points, colour, 11 if shape == "square" else 7, shape)
     said = "; ".join(f"{r.way} at {r.size} {r.top1:.1f} %" for r in results)
     return panel.drawn(f"Accuracy of {name} against the size of the input, trained at {trained}: {said}.")
 
@@ -243,7 +244,7 @@ def study_table(study: Study) -> Table:
         rows.append((data if not dropped else f"{data}, {dropped:g} % dropped", *cells))
     return Table(
         "study-table",
-        "Points, grids, generated kernels",
+        "Accuracy",
         "Test top-1 in percent: mean ± standard deviation (seeds). Every network of a row has the same blocks, data, "
         "schedule and choice by validation; only its large kernels differ.",
         ("data", *(name for name, _, _ in variants.values())),
@@ -288,11 +289,11 @@ def _trade_panels(
     study: Study, runs: Sequence[StudyRun], label: str, value: Callable[[StudyRun], float | None]
 ) -> Iterable[Drawing]:
     for data in dict.fromkeys(run.data for run in runs):
-        own = [(run, x, run.test) for run in runs if run.data == data and run.test is not None and (x := value(run))]
+        own = [(run, at, run.test) for run in runs if run.data == data and run.test is not None and (at := value(run))]
         if not own:
             continue
-        x = Axis(label, *spread([x for _, x, _ in own], log=True, room=0.25), log=True)
-        panel = Panel(data, x, Axis("test top-1, %", *spread([top1 for _, _, top1 in own])))
+        axis = Axis(label, *spread([at for _, at, _ in own], log=True, room=0.25), log=True)
+        panel = Panel(data, axis, Axis("test top-1, %", *spread([top1 for _, _, top1 in own])))
         said = []
         for variant, (name, colour, shape) in _looks(study).items():
             mine = [(at, top1) for run, at, top1 in own if run.variant == variant]
@@ -404,6 +405,87 @@ def speed_tables(root: Path) -> list[Table]:
     return tables
 
 
+def speed_figure(root: Path) -> Figure | None:
+    """How many times as fast as a peer, where both were timed in one run; None without any record."""
+    drawings: list[Drawing] = []
+    records: list[Record] = []
+    for name, make in (
+        ("operator_h100.json", _operator_bars),
+        ("cpu.json", _cpu_bars),
+        ("sequence_cpu.json", _sequence_bars),
+    ):
+        record = read_record(root, name)
+        if record is not None:
+            drawings.append(make(record))
+            records.append(record)
+    if not records:
+        return None
+    return Figure(
+        "speed-figure",
+        "Times as fast",
+        "How many times as fast as a peer that was timed in the same run; at the stroke both are equal. Left: the "
+        "forward pass of the CUDA operator at batch 128 in bfloat16. Middle: inference of merged networks. Right: a "
+        "training step, against kernels rendered densely and torch.fft.",
+        tuple(drawings),
+        _sources(records),
+    )
+
+
+def _operator_bars(record: Record) -> Drawing:
+    largest = max(result["batch"] for result in record.results)
+    own = [r for r in record.results if r["batch"] == largest and r["dtype"] == "bfloat16" and r["forward_ms"]]
+    bars = []
+    for ours in (result for result in own if result["backend"] == "cuda"):
+        size = (ours["channels"], ours["height"], ours["width"], ours["kernel"])
+        peers = [
+            result["forward_ms"]
+            for result in own
+            if result["backend"].startswith("native")
+            and (result["channels"], result["height"], result["width"], result["kernel"]) == size
+        ]
+        if peers:
+            bars.append(
+                (f"{size[0]} channels, {size[1]} x {size[2]}, kernel {size[3]}", min(peers) / ours["forward_ms"])
+            )
+    return _bars("One H100, against F.conv2d", bars)
+
+
+def _cpu_bars(record: Record) -> Drawing:
+    bars = [
+        (f"{result['network']}, batch {result['batch_size']}", 1 / result["ratio"])
+        for result in record.results
+        if result["work"] == "inference, merged"
+    ]
+    return _bars("Two CPU cores, against ConvNeXt", bars)
+
+
+def _sequence_bars(record: Record) -> Drawing:
+    bars = [
+        (result["network"], result["peer_train_ms"] / result["train_ms"])
+        for result in record.results
+        if result["peer_train_ms"]
+    ]
+    return _bars("Two CPU cores, against dense kernels", bars)
+
+
+def _bars(title: str, bars: Sequence[tuple[str, float]]) -> Drawing:
+    """Horizontal bars of (words, times as fast), with a stroke where the times are equal."""
+    top, step, right = 30.0, 36.0, WIDTH - 46.0
+    longest = max((value for _, value in bars), default=1.0)
+    marks: list[Mark] = [Text(2, 14, title, "ink", 13, bold=True)]
+    for i, (words, value) in enumerate(bars):
+        y = top + i * step
+        marks.append(Text(2, y + 11, words))
+        marks.append(Box(2, y + 17, max(1.0, right * value / longest), 9, "first" if value >= 1 else "second"))
+        marks.append(
+            Text(8 + right * value / longest, y + 26, f"{value:.2g}" if value < 100 else f"{value:.0f}", "ink")
+        )
+        marks.append(Line(((2 + right / longest, y + 14), (2 + right / longest, y + 29)), "ink", 1.2))
+    height = top + len(bars) * step
+    said = "; ".join(f"{words} {value:.1f} times" for words, value in bars)
+    return Drawing(WIDTH, height + 4, tuple(marks), f"{title}, times as fast: {said}.")
+
+
 def _sources(records: Sequence[Record]) -> tuple[Source, ...]:
     return tuple(Source(record.path, record.command) for record in records)
 
@@ -415,7 +497,7 @@ def _ms(value: float | None) -> str:
 
 
 def _times(peer: float | None, ours: float | None) -> str:
-    return "" if peer is None or not ours else f"{peer / ours:.1f} ×"
+    return "" if peer is None or not ours else f"{peer / ours:.1f} times"
 
 
 def _sequence_table(records: Sequence[Record]) -> Table:
@@ -423,7 +505,7 @@ def _sequence_table(records: Sequence[Record]) -> Table:
         (
             result["network"],
             record.hardware,
-            " × ".join(map(str, result["shape"])),
+            " x ".join(map(str, result["shape"])),
             _ms(result["train_graph_ms"] or result["train_ms"]),
             _ms(result["inference_graph_ms"] or result["inference_ms"]),
             _times(result["peer_train_ms"], result["train_ms"]),
@@ -440,6 +522,7 @@ def _sequence_table(records: Sequence[Record]) -> Table:
         rows,
         _sources(records),
         words=(0, 1, 2),
+        folded=True,
     )
 
 
@@ -460,12 +543,13 @@ def _cpu_table(records: Sequence[Record]) -> Table:
     return Table(
         "speed-cpu",
         "Image networks on two CPU cores",
-        "Milliseconds, in turns with a peer in the same process; below 1 in the last column ours is faster. In bfloat16 "
-        "ConvNeXt is ahead.",
+        "Milliseconds, in turns with a peer in the same process. Below 1 in the last column ours is faster; in "
+        "bfloat16 ConvNeXt is.",
         ("network", "work", "batch", "ours, ms", "peer, ms", "peer", "ours / peer"),
         rows,
         _sources(records),
         words=(0, 1, 5),
+        folded=True,
     )
 
 
@@ -490,6 +574,7 @@ def _model_table(records: Sequence[Record]) -> Table:
         rows,
         _sources(records),
         words=(0, 1, 2),
+        folded=True,
     )
 
 
@@ -500,7 +585,7 @@ def _operator_table(records: Sequence[Record]) -> Table:
         largest = max(result["batch"] for result in record.results)
         for result in record.results:
             if result["batch"] == largest and result["forward_ms"] is not None:
-                shape = f"{result['channels']} × {result['height']} × {result['width']}, {result['kernel']}"
+                shape = f"{result['channels']} x {result['height']} x {result['width']}, {result['kernel']}"
                 times = (_ms(result[key]) for key in ("forward_ms", "input_ms", "weight_ms", "floor_ms"))
                 rows.append((result["backend"], shape, result["dtype"], *times))
     return Table(

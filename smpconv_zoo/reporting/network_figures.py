@@ -22,6 +22,9 @@ __all__ = ["Look", "confusion_figure", "kernel_figure", "receptive_figure"]
 
 COMMAND = "smpconv-zoo report"
 
+# Pixels of the picture of a receptive field.
+FIELD = 220.0
+
 
 @dataclasses.dataclass(frozen=True)
 class Look:
@@ -47,6 +50,7 @@ def kernel_figure(look: Look) -> Figure | None:
         return None
     with torch.no_grad():
         drawings = _sequence_kernels(look) if isinstance(layers[0][1], SMPConv1d) else _image_kernels(look)
+    caption = _kernel_caption(look)
     if look.start is None:
         origin = (
             "How the network began could not be drawn again: no drawing of its seed lies near the learned points. "
@@ -54,13 +58,13 @@ def kernel_figure(look: Look) -> Figure | None:
         )
     else:
         origin = (
-            f"Grey is the network before training, drawn again from seed {_seed(look)} ({look.start.drawn}); first and "
-            f"learned positions correlate by {look.start.correlation:.3f}, those of other seeds by less than 0.03."
+            f"Before training means: drawn again from seed {_seed(look)}, {look.start.drawn}. That it "
+            f"began so shows in the positions: first and learned ones correlate by {look.start.correlation:.2f}."
         )
     return Figure(
         f"kernels-{look.card.tag}",
         look.card.id,
-        f"{_kernel_caption(layers[0][1])} {origin}",
+        f"{caption} {origin}",
         drawings,
         _sources(look),
         (("before training", "plain", None), ("after", form_look(look.card.data.input)[1], None)),
@@ -71,17 +75,27 @@ def _seed(look: Look) -> str:
     return "?" if look.card.training is None else str(look.card.training.seed)
 
 
-def _kernel_caption(layer: SMPConv1d | SMPConv2d) -> str:
-    if isinstance(layer, SMPConv1d):
+def _kernel_caption(look: Look) -> str:
+    layers = [layer for _, layer in point_layers(look.model)]
+    if isinstance(layers[0], SMPConv2d):
         return (
-            "Above: kernels over the samples that they see, the current one at the right; below each, its points, from "
-            "where they began to where they went. Points keep to their neighbourhood and move by a few samples; radii "
-            "grow from less than one tap to several."
+            "The strongest kernels (blue above zero, orange below), their points as dots. Points move by fractions of "
+            "a tap; what they draw is new all the same."
         )
+    silent = torch.cat([_silent(layer).flatten() for layer in layers])
     return (
-        "The strongest kernels (blue above zero, orange below) with their points, as dots. Points wander by a fraction "
-        "of a tap, yet the kernels they draw are new."
+        "Kernels over the samples that they see, the current one at the right, and below each its points, from where "
+        "they began to where they went; in the picture of all, blue is above zero, orange below. "
+        f"By their radii {100 * float(silent.float().mean()):.0f} % of the points end "
+        "up between two taps and touch neither: training has silenced them."
     )
+
+
+def _silent(layer: SMPConv1d | SMPConv2d) -> Tensor:
+    """Which points of a sequence's layer touch no tap, (out, points)."""
+    lags, last = _lags(layer), layer.kernel_size[0] - 1
+    distance = (lags - lags.round().clamp(0, last)).abs()
+    return distance >= layer.radius.expand(lags.shape) * last / 2
 
 
 def _sources(look: Look) -> tuple[Source, ...]:
@@ -154,7 +168,9 @@ def _sequence_kernel(
     after_kernel = layer.kernel()[out, within].flip(-1)[: reach + 1]
     before_kernel = None if before is None else before.kernel()[out, within].flip(-1)[: reach + 1]
     most = 1.1 * max(float(k.abs().max()) for k in (after_kernel, before_kernel) if k is not None) or 1.0
-    panel = Panel(title, Axis("samples before the current one", reach, 0), Axis("weight", -most, most), foot=42)
+    panel = Panel(
+        title, Axis("samples before the current one", reach, -reach / 40), Axis("weight", -most, most), foot=42
+    )
     if before_kernel is not None:
         panel.line(enumerate(before_kernel.tolist()), "plain", 1.2)
     panel.line(enumerate(after_kernel.tolist()), colour, 1.5)
@@ -165,10 +181,10 @@ def _sequence_kernel(
         return [panel.at(lag, 0)[0] for lag in lags.tolist()]
 
     after_lags = _lags(layer)[out]
-    seen = after_lags <= reach
+    seen = (after_lags <= reach) & (after_lags >= -reach / 40)
     if before is not None:
         before_lags = _lags(before)[out]
-        seen &= before_lags <= reach
+        seen &= (before_lags <= reach) & (before_lags >= -reach / 40)
         starts = across(before_lags[seen])
         ends = tuple((a, upper, b, lower) for a, b in zip(starts, across(after_lags[seen]), strict=True))
         panel.marks.append(Segments(ends, "plain", 0.8, 0.8))
@@ -221,7 +237,7 @@ def _radii(pairs: Sequence[tuple[SMPConv1d | SMPConv2d, SMPConv1d | SMPConv2d | 
     panel.line(steps, colour, 1.4)
     panel.reference(first, "at the start")
     return panel.drawn(
-        f"Radii of the points: all {first:.2f} taps at the start, median {float(radii.median()):.2f} taps after training."
+        f"Radii of the points: {first:.2f} taps at the start, median {float(radii.median()):.2f} taps after training."
     )
 
 
@@ -323,67 +339,63 @@ def _image_moves(layer: SMPConv1d | SMPConv2d, before: SMPConv1d | SMPConv2d, re
 # --------------------------------------------------------------------------------------------------- receptive fields
 
 
-def receptive_figure(looks: Sequence[Look]) -> Figure:
-    """Effective receptive fields of all checkpoints."""
-    drawings: list[Drawing] = []
-    said = []
-    for look in looks:
-        after = receptive_field(look.model, look.samples)
-        before = None if look.start is None else receptive_field(look.start.model.requires_grad_(False), look.samples)
-        if after.dim() == 1:
-            drawings.append(_cumulative(look, after, before))
-            if look.picture:
-                pixels = after if look.order is None else torch.zeros_like(after).scatter(0, look.order, after)
-                side = math.isqrt(len(after))
-                drawings.append(_field_picture(f"{look.card.tag}, as a picture", pixels.view(side, side)))
-        else:
-            if before is not None:
-                drawings.append(_field_picture(f"{look.card.tag}, before", before))
-            drawings.append(_field_picture(f"{look.card.tag}, after", after))
-        said.append(f"{len(look.samples)} of {look.card.tag}")
+def receptive_figure(look: Look) -> Figure:
+    """The effective receptive field of a checkpoint, before and after training."""
+    after = receptive_field(look.model, look.samples)
+    before = None if look.start is None else receptive_field(look.start.model.requires_grad_(False), look.samples)
+    fields = [(name, field) for name, field in (("Before", before), ("After", after)) if field is not None]
+    drawings = []
+    words = f"Over {len(look.samples)} validation samples. "
+    if after.dim() == 1:
+        halves = {name: int((share_of_newest(field) < 0.5).sum()) + 1 for name, field in fields}
+        drawings.append(_cumulative(look, fields, halves["After"]))
+        words += f"Half of the gradient lies within the newest {halves['After']} of {len(after)} samples"
+        words += f", before training within {halves['Before']}. " if before is not None else ". "
+        if look.picture:
+            side = math.isqrt(len(after))
+            words += "In the pictures every sample is back at its pixel. "
+            if look.order is not None:
+                words += "Pixels come in a random order, so that what is newest is scattered all over. "
+            order = torch.arange(len(after)) if look.order is None else look.order
+            fields = [(name, torch.zeros_like(f).scatter(0, order, f).view(side, side)) for name, f in fields]
+    if fields[0][1].dim() == 2:
+        drawings += [_field_picture(name, field) for name, field in fields]
+        words += "The darker a pixel, the more it counts; each picture by itself, and by the square root."
     return Figure(
-        "receptive",
-        "Effective receptive fields",
-        "How strongly each sample or pixel moves the features at the last step, or at the centre: the size of the "
-        f"gradient, averaged over validation digits ({', '.join(said)}). Curves add it up from the current sample "
-        "backwards. Training reaches further back; in pictures the dark places are what the network looks at, and with "
-        "permuted pixels it has found the middle of the digit by itself.",
+        f"receptive-{look.card.tag}",
+        look.card.id,
+        words,
         tuple(drawings),
-        tuple(source for look in looks for source in _sources(look)[:1]),
-        (("before training", "plain", None), ("after", "first", None)),
+        _sources(look),
+        (("before training", "plain", None), ("after", form_look(look.card.data.input)[1], None))
+        if after.dim() == 1 and before is not None
+        else (),
     )
 
 
-def _cumulative(look: Look, after: Tensor, before: Tensor | None) -> Drawing:
+def _cumulative(look: Look, fields: Sequence[tuple[str, Tensor]], half: int) -> Drawing:
     _, colour, _ = form_look(look.card.data.input)
+    length = len(fields[0][1])
     panel = Panel(
-        f"{look.card.tag}, from the last step",
-        Axis("samples before the current one", len(after) - 1, 0),
+        "From the last step backwards",
+        Axis("samples before the current one", length - 1, 0),
         Axis("share of the gradient, %", 0, 100),
+        height=FIELD + 54,
     )
-    halves = []
-    for field, look_of in ((before, "plain"), (after, colour)):
-        if field is not None:
-            share = 100 * share_of_newest(field)
-            panel.line(enumerate(share.tolist()), look_of)
-            halves.append(int((share < 50).sum()) + 1)
-    panel.reference(halves[-1], f"half within {halves[-1]}")
-    return panel.drawn(
-        f"Share of the gradient within the newest samples; half of it lies within {' before and '.join(map(str, halves))}"
-        f" after training, of {len(after)}."
-    )
+    for name, field in fields:
+        panel.line(enumerate((100 * share_of_newest(field)).tolist()), colour if name == "After" else "plain")
+    panel.reference(half - 1)
+    return panel.drawn(f"Share of the gradient within the newest samples; half of it lies within {half} of {length}.")
 
 
-def _field_picture(title: str, field: Tensor) -> Drawing:
-    size, top = 246.0, 30.0
-    left = (WIDTH - size) / 2
+def _field_picture(name: str, field: Tensor) -> Drawing:
+    top = 30.0
     marks: list[Mark] = [
-        Text(2, 14, title, "ink", 13, bold=True),
-        Box(left, top, size, size, "rule", 0.35),
-        Picture(left, top, size, size, (field / field.max()).sqrt()),
-        Text(left + size, top + size + 16, "shade: square root of the gradient", anchor="end", size=10.5),
+        Text(2, 14, name, "ink", 13, bold=True),
+        Box(2, top, FIELD, FIELD, "rule", 0.35),
+        Picture(2, top, FIELD, FIELD, (field / field.max()).sqrt()),
     ]
-    return Drawing(WIDTH, top + size + 24, tuple(marks), f"{title}: the receptive field as a picture.")
+    return Drawing(WIDTH, top + FIELD + 24, tuple(marks), f"{name} training: the receptive field as a picture.")
 
 
 # ---------------------------------------------------------------------------------------------------------- confusion
@@ -394,17 +406,13 @@ def confusion_figure(looks: Sequence[Look]) -> Figure | None:
     drawings = [_confusion(look.card.tag, look.result.confusion) for look in looks if look.result.confusion is not None]
     if not drawings:
         return None
-    hardware = looks[0].result
     counted = "; ".join(
-        f"{look.card.tag}: {look.result.correct} of {look.result.total}, "
-        f"{'equal to' if look.result.agrees else 'NOT equal to' if look.result.agrees is False else 'without'} the card's"
-        for look in looks
+        f"{look.card.tag} {look.result.correct} of {look.result.total}, {_AGREES[look.result.agrees]}" for look in looks
     )
     return Figure(
         "confusion",
-        "Confusions on the test part",
-        f"True classes down, predicted ones across; mistakes are red. Counted again for this page ({counted}; "
-        f"PyTorch {hardware.versions['torch']}).",
+        "Confusions",
+        f"The test part: true classes down, predicted ones across, mistakes red. Counted again here: {counted}.",
         tuple(drawings),
         tuple(
             Source(look.card.measured.log, look.card.measured.command)
@@ -412,6 +420,9 @@ def confusion_figure(looks: Sequence[Look]) -> Figure | None:
             if look.card.measured is not None
         ),
     )
+
+
+_AGREES = {True: "as its card says", False: "NOT what its card says", None: "of which its card says nothing"}
 
 
 def _confusion(title: str, confusion: Sequence[Sequence[int]]) -> Drawing:

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from smpconv_zoo.reporting.drawing import COLOURS, drawing_to_svg, legend_to_svg
 from smpconv_zoo.reporting.figure import Figure, Source, Table
+from smpconv_zoo.reporting.logs import RESULTS
 
 __all__ = ["Links", "Section", "Tile", "render_page", "render_section"]
 
@@ -98,9 +99,18 @@ def render_page(
 
 def render_section(section: Section, links: Links) -> str:
     """One section of the page."""
-    parts = "".join(_figure(part, links) if isinstance(part, Figure) else _table(part, links) for part in section.parts)
+    # A part that is called like its section needs no heading of its own.
+    parts = "".join(_part(part, links, part.title != section.title) for part in section.parts)
     lead = f"<p>{html.escape(section.lead)}</p>\n" if section.lead else ""
     return f'<section id="{section.id}">\n<h2>{html.escape(section.title)}</h2>\n{lead}{parts}</section>\n'
+
+
+def _part(part: Figure | Table, links: Links, headed: bool) -> str:
+    inner = _figure(part, links) if isinstance(part, Figure) else _table(part, links)
+    title = f"<h3>{html.escape(part.title)}</h3>\n" if headed else ""
+    if part.folded:
+        return f'<article id="{part.id}"><details><summary>{title}</summary>\n{inner}</details></article>\n'
+    return f'<article id="{part.id}">\n{title}{inner}</article>\n'
 
 
 def _figure(figure: Figure, links: Links) -> str:
@@ -109,12 +119,11 @@ def _figure(figure: Figure, links: Links) -> str:
         for words, colour, shape in dict.fromkeys(figure.legend)
     )
     panels = "".join(f"<div>{drawing_to_svg(drawing)}</div>\n" for drawing in figure.drawings)
-    return _folded(
-        figure,
+    return (
         f"<p>{html.escape(figure.caption)}</p>\n"
         + (f'<ul class="legend">{legend}</ul>\n' if legend else "")
         + f'<div class="panels">\n{panels}</div>\n'
-        + _how(figure.sources, links),
+        + _how(figure.sources, links)
     )
 
 
@@ -130,24 +139,18 @@ def _table(table: Table, links: Links) -> str:
         for i, name in enumerate(table.header)
     )
     rows = "".join(f"<tr>{''.join(cell(i, text) for i, text in enumerate(row))}</tr>\n" for row in table.rows)
-    return _folded(
-        table,
+    return (
         f"<p>{html.escape(table.caption)}</p>\n<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}</tbody>\n"
-        f"</table>\n{_how(table.sources, links)}",
+        f"</table>\n{_how(table.sources, links)}"
     )
-
-
-def _folded(part: Figure | Table, inner: str) -> str:
-    title = f"<h3>{html.escape(part.title)}</h3>"
-    if part.folded:
-        return f'<article id="{part.id}"><details><summary>{title}</summary>\n{inner}</details></article>\n'
-    return f'<article id="{part.id}">{title}\n{inner}</article>\n'
 
 
 def _how(sources: Sequence[Source], links: Links) -> str:
     """Where a part comes from: its files, and, if asked for, the commands that make it."""
     paths = dict.fromkeys(source.path for source in sources)
-    files = " ".join(f'<a href="{links.to(path)}">{html.escape(Path(path).name)}</a>' for path in paths)
+    files = " ".join(
+        f'<a href="{links.to(path)}">{html.escape(path.removeprefix(f"{RESULTS}/"))}</a>' for path in paths
+    )
     commands = "\n".join(dict.fromkeys(source.command for source in sources if source.command))
     how = f"<details><summary>commands</summary><pre>{html.escape(commands)}</pre></details>" if commands else ""
     return f'<div class="how">{files}{how}</div>\n'
@@ -156,7 +159,8 @@ def _how(sources: Sequence[Source], links: Links) -> str:
 def _style() -> str:
     day, night = ("".join(f"--{name}:{pair[i]};" for name, pair in COLOURS.items()) for i in (0, 1))
     drawn = "".join(f".s-{name}{{stroke:var(--{name});fill:none}}.f-{name}{{fill:var(--{name})}}" for name in COLOURS)
-    return f":root{{color-scheme:light dark;{day}}}\n@media (prefers-color-scheme:dark){{:root{{{night}}}}}\n{drawn}{_STYLE}"
+    by_night = f"@media (prefers-color-scheme:dark){{:root{{{night}}}}}"
+    return f":root{{color-scheme:light dark;{day}}}\n{by_night}\n{drawn}{_STYLE}"
 
 
 _STYLE = """
@@ -166,14 +170,13 @@ html{-webkit-text-size-adjust:100%;scroll-behavior:smooth}
 body{margin:0 auto;max-width:1160px;padding:0 24px 64px;background:var(--ground);color:var(--ink);
 font:16px/1.6 Inter,system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
 font-variant-numeric:tabular-nums}
-h1,h2{font-family:"Source Serif 4","Source Serif Pro","Iowan Old Style",Palatino,Georgia,serif;font-weight:600;
-line-height:1.2;letter-spacing:-.01em}
-h1{font-size:clamp(2rem,5vw,3rem);margin:56px 0 12px}
-h2{font-size:1.7rem;margin:0 0 8px}
+h1,h2{font-weight:650;line-height:1.2;letter-spacing:-.022em}
+h1{font-size:clamp(2rem,5vw,2.9rem);margin:56px 0 12px}
+h2{font-size:1.6rem;margin:0 0 8px}
 h3{font-size:1.02rem;font-weight:600;margin:0 0 6px;overflow-wrap:anywhere}
 p{max-width:74ch;margin:0 0 14px;text-wrap:pretty} .lead{font-size:1.15rem;color:var(--muted);max-width:66ch}
 section{margin-top:56px;padding-top:40px;border-top:1px solid var(--rule);scroll-margin-top:8px}
-article{margin-top:32px} article p{color:var(--muted)}
+article{margin-top:32px} h2+article{margin-top:14px} article p{color:var(--muted)}
 a{color:var(--first);text-decoration-thickness:1px;text-underline-offset:3px}
 a:focus-visible,summary:focus-visible{outline:2px solid var(--first);outline-offset:3px;border-radius:3px}
 nav{display:flex;flex-wrap:wrap;gap:6px 20px;margin:22px 0 30px} nav a{text-decoration:none}
@@ -183,7 +186,8 @@ nav a:hover,.how a:hover{text-decoration:underline}
 text-decoration:none} .tile:hover{border-color:var(--first)}
 .tile b{display:block;font-size:2rem;line-height:1.15;font-weight:600;letter-spacing:-.02em}
 .tile span{display:block;margin-top:4px} .tile small{color:var(--muted)}
-.panels{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,316px),1fr));gap:28px 32px;margin:18px 0 10px}
+.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,316px),1fr));gap:28px 32px;
+margin:18px 0 10px}
 .panels>div{max-width:440px;min-width:0} .panels svg{display:block;width:100%;height:auto;overflow:visible}
 .panels text{font-family:inherit}
 .legend{display:flex;flex-wrap:wrap;gap:4px 22px;list-style:none;margin:0;padding:0;font-size:.88rem}
@@ -194,7 +198,8 @@ text-decoration:none} .tile:hover{border-color:var(--first)}
 pre{margin:6px 0 0;padding:12px 14px;border:1px solid var(--rule);border-radius:8px;white-space:pre-wrap;
 overflow-wrap:anywhere;font:12.5px/1.6 ui-monospace,"SF Mono",Menlo,Consolas,"DejaVu Sans Mono",monospace}
 table{border-collapse:collapse;width:100%;font-size:.9rem;margin:16px 0 10px}
-th,td{padding:7px 0 7px 18px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:baseline;font-weight:400}
+th,td{padding:7px 0 7px 18px;text-align:right;border-bottom:1px solid var(--rule);vertical-align:baseline}
+td{font-weight:400}
 thead th{color:var(--muted);font-size:.8rem;border-bottom-color:var(--muted)}
 th:first-child,.words{text-align:left} th:first-child{padding-left:0} tbody th{font-weight:500}
 footer{margin-top:64px;padding-top:20px;border-top:1px solid var(--rule);color:var(--muted);font-size:.85rem}

@@ -10,7 +10,7 @@ from smpconv_zoo.reporting.drawing import Area, Box, Dots, Drawing, Line, Mark, 
 
 __all__ = ["Axis", "Panel", "log_ticks", "round_ticks", "short_number", "spread"]
 
-WIDTH, HEIGHT = 340.0, 250.0
+WIDTH, HEIGHT = 340.0, 256.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Panel:
 
     def __init__(self, title: str, x: Axis, y: Axis, height: float = HEIGHT, foot: float = 0.0) -> None:
         self.title, self.x, self.y, self.height = title, x, y, height
-        self.left, self.right, self.top, self.bottom = 44.0, WIDTH - 14.0, 42.0, height - 40.0
+        self.left, self.right, self.top, self.bottom = 44.0, WIDTH - 14.0, 50.0, height - 40.0
         self.floor = self.bottom - foot
         self.marks: list[Mark] = []
 
@@ -84,13 +84,12 @@ class Panel:
         colour: str,
         size: float = 7.0,
         shape: str = "circle",
-        hollow: bool = False,
         opacity: float = 1.0,
         title: str = "",
     ) -> None:
         """Marks at places."""
         placed = tuple(self.at(*place) for place in places)
-        self.marks.append(Dots(placed, colour, size, shape, hollow, opacity, title))
+        self.marks.append(Dots(placed, colour, size, shape, opacity, title))
 
     def whisker(self, x: float, low: float, high: float, colour: str) -> None:
         """A vertical line from ``low`` to ``high``."""

@@ -1,8 +1,8 @@
 """Effective receptive fields: how strongly the input, place by place, moves what a network makes of one place.
 
-After Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks" (NeurIPS 2016): the
-gradient of the features at one place, summed over channels, with respect to the input; here its size, averaged over
-real samples.
+After Luo et al., "Understanding the Effective Receptive Field in Deep Convolutional Neural Networks" (NeurIPS 2016):
+the gradient of the features at one place, summed over channels, with respect to the input; here its size, averaged
+over real samples.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ def receptive_field(model: nn.Module, x: Tensor, batch_size: int = 64) -> Tensor
     for part in x.split(batch_size):
         inputs = part.detach().clone().requires_grad_()
         features = model.forward_features(inputs)  # type: ignore[operator]
-        place = (-1,) if features.dim() == 3 else tuple(size // 2 for size in features.shape[2:])
-        (gradient,) = torch.autograd.grad(features[(..., *place)].sum(), inputs)
+        sequence = features.dim() == 3
+        seen = features[..., -1] if sequence else features[..., features.size(2) // 2, features.size(3) // 2]
+        (gradient,) = torch.autograd.grad(seen.sum(), inputs)
         total += gradient.abs().double().sum(dim=(0, 1))
     if not float(total.sum()) > 0:
         raise ValueError("the features do not depend on the input: no samples, or a dead network")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from smpconv_zoo.reporting.log_figures import (
     checkpoint_table,
     dropped_figure,
     resolution_figure,
+    speed_figure,
     speed_tables,
     study_figures,
     study_table,
@@ -36,7 +38,7 @@ from smpconv_zoo.reporting.start import recreate_start
 from smpconv_zoo.training.arrays import load_parts, pixels_as_input
 from smpconv_zoo.training.recipe import SequenceRecipe, load_recipe
 
-__all__ = ["log_sections", "look_at", "network_sections", "write_report_page"]
+__all__ = ["Written", "log_sections", "look_at", "network_sections", "write_report_page"]
 
 TITLE = "SMPConv, measured"
 LEAD = (
@@ -48,6 +50,19 @@ LEAD = (
 SAMPLES = 500
 
 
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A report on the disk: the page, figures as PNG files, and what its reader should know.
+
+    ``differing`` are checkpoints whose accuracy is not that of their card, ``left_out`` sentences on what is missing.
+    """
+
+    page: Path
+    pictures: tuple[Path, ...]
+    differing: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
 def write_report_page(
     out: str | os.PathLike[str],
     *,
@@ -55,7 +70,7 @@ def write_report_page(
     png: str | os.PathLike[str] | None = None,
     batch_size: int = 100,
     progress: Callable[[int, int], None] | None = None,
-) -> Path:
+) -> Written:
     """Measure the shipped checkpoints again, read the logs, and write the page.
 
     Args:
@@ -66,7 +81,7 @@ def write_report_page(
         progress: Called with the steps done and in all.
 
     Returns:
-        The path of the page.
+        What was written.
 
     Raises:
         FileNotFoundError: No clone of the repository, or data of a checkpoint that are not there.
@@ -96,14 +111,18 @@ def write_report_page(
     ordered = [sections[name] for name in ORDER if name in sections]
     made = (
         f"Made by smpconv-zoo report on {hardware('cpu').partition(',')[0]}, with "
-        f"{', '.join(f'{name} {version}' for name, version in versions().items())}. Networks were run in float32 on the "
-        "CPU; times come from the logs alone."
+        f"{', '.join(f'{name} {version}' for name, version in versions().items())}. Networks ran in float32 on the "
+        "CPU; times are from the logs alone."
     )
     content = render_page(TITLE, LEAD, _tiles(embedded), ordered, made, Links(root, page))
-    if png is not None:
-        _write_pictures(Path(png), ordered)
+    pictures = () if png is None else _write_pictures(Path(png), ordered)
     write_whole(page, content.encode())
-    return page
+    return Written(
+        page,
+        pictures,
+        differing=tuple(look.card.id for look in looks if look.result.agrees is False),
+        left_out=tuple(section.lead for section in ordered if not section.parts),
+    )
 
 
 # Sections by their ids, as the page has them.
@@ -124,13 +143,15 @@ def log_sections(root: Path) -> dict[str, Section]:
     cards = _cards()
     resolution = resolution_figure(root)
     found = [
-        Section("results", "Checkpoints", "", (accuracy_figure(cards, root), checkpoint_table(cards))),
+        Section("results", "Checkpoints", "", (checkpoint_table(cards), accuracy_figure(cards, root))),
         _study_section(root),
         Section("training", "Training", "", (training_figure(cards, root),)),
-        Section("speed", "Speed", "As recorded; nothing was timed for this page.", tuple(speed_tables(root))),
     ]
+    speed = (*(() if (bars := speed_figure(root)) is None else (bars,)), *speed_tables(root))
+    if speed:
+        found.append(Section("speed", "Speed", "As recorded in the logs; nothing was timed for this page.", speed))
     if resolution is not None:
-        found.append(Section("resolutions", "Resolutions", "", (resolution,)))
+        found.append(Section("resolutions", "Other resolutions", "", (resolution,)))
     return {section.id: section for section in found}
 
 
@@ -177,7 +198,7 @@ def look_at(card: CheckpointCard, batch_size: int = 100) -> Look:
 
 
 def _validation_samples(recipe: SequenceRecipe) -> tuple[Tensor, Tensor | None, bool]:
-    """Inputs of the validation part, evenly chosen, the order of their pixels, and whether they are pictures in rows."""
+    """Inputs of the validation part, the order of their pixels, and whether they are pictures row by row."""
     parts = load_parts(recipe)
     assert parts.validation is not None
     images, _ = parts.validation
@@ -200,7 +221,13 @@ def network_sections(looks: list[Look]) -> dict[str, Section]:
             "A kernel is drawn by its points: each has a place, a radius and a value for every channel, all learned.",
             kernels,
         ),
-        Section("fields", "Receptive fields", "", (receptive_figure(looks),)),
+        Section(
+            "fields",
+            "Receptive fields",
+            "How strongly each sample or pixel moves the features at the last step, or at the centre of a picture: the "
+            "size of the gradient, averaged over real samples that are not of the test part.",
+            tuple(map(receptive_figure, looks)),
+        ),
         Section("confusions", "Confusions", "", () if confusion is None else (confusion,)),
     ]
     return {section.id: section for section in found if section.parts}
@@ -211,7 +238,7 @@ def _tiles(cards: list[CheckpointCard]) -> list[Tile]:
         Tile(
             f"{card.measured.top1:.2f} %",
             f"digits as {form_look(card.data.input)[0]}s",
-            f"{card.measured.correct} of {card.measured.total} test digits, {card.parameters:,} parameters",
+            f"{card.measured.correct:,} of {card.measured.total:,} test digits, {card.parameters:,} parameters",
             card.measured.log,
         )
         for card in cards
@@ -219,9 +246,10 @@ def _tiles(cards: list[CheckpointCard]) -> list[Tile]:
     ]
 
 
-def _write_pictures(folder: Path, sections: list[Section]) -> None:
+def _write_pictures(folder: Path, sections: list[Section]) -> tuple[Path, ...]:
     folder.mkdir(parents=True, exist_ok=True)
-    for section in sections:
-        for part in section.parts:
-            if isinstance(part, Figure):
-                write_whole(folder / f"{part.id}.png", drawings_to_png(part.drawings, part.title, part.legend))
+    written = []
+    for figure in (part for section in sections for part in section.parts if isinstance(part, Figure)):
+        written.append(folder / f"{figure.id}.png")
+        write_whole(written[-1], drawings_to_png(figure.drawings, figure.title, figure.legend))
+    return tuple(written)

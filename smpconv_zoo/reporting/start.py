@@ -92,7 +92,7 @@ def _inverse_truncated_normal(
     b: float = 2.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Fill ``tensor`` with a normal cut to [a, b]: a uniform share of the probability between, taken back to a value."""
+    """Fill ``tensor`` with a normal cut to [a, b]: uniform shares of the probability between, taken back to values."""
     low, high = (math.erf((end - mean) / (std * math.sqrt(2))) for end in (a, b))
     tensor.uniform_(low, high, generator=generator)
     return tensor.erfinv_().mul_(std * math.sqrt(2)).add_(mean).clamp_(min=a, max=b)
