@@ -52,7 +52,7 @@ def main() -> None:
         done = subprocess.run([*command, f"--screenshot={shot}", copy.as_uri()], capture_output=True, timeout=120)
         if done.returncode or not shot.is_file():
             sys.exit(f"{browser} took no picture: {done.stderr.decode(errors='replace').strip()[-500:]}")
-        write_whole(options.out, smaller(Image.open(shot).convert("RGB")))
+        write_whole(options.out, cut(Image.open(shot).convert("RGB")))
 
 
 def style(ids: list[str]) -> str:
@@ -67,13 +67,14 @@ def style(ids: list[str]) -> str:
     )
 
 
-def smaller(picture: Image.Image) -> bytes:
-    """The picture without empty rows at its end, in 128 colours."""
+def cut(picture: Image.Image) -> bytes:
+    """The picture as a PNG file of 256 colours, without empty rows at its end."""
     ground = Image.new("RGB", picture.size, picture.getpixel((0, picture.height - 1)))
     box = ImageChops.difference(picture, ground).getbbox()
-    cut = picture.crop((0, 0, picture.width, min(picture.height, (box[3] if box else picture.height) + 24)))
+    kept = picture.crop((0, 0, picture.width, min(picture.height, (box[3] if box else picture.height) + 24)))
     buffer = io.BytesIO()
-    cut.quantize(128, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
+    few = kept.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+    few.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 

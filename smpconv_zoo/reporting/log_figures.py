@@ -76,39 +76,21 @@ def checkpoint_table(cards: Sequence[CheckpointCard]) -> Table:
 def accuracy_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure:
     """Measured accuracy against parameters and against the time of an epoch; published accuracy against parameters."""
     measured = [card for card in cards if card.measured is not None and card.training is not None]
-    published = [card for card in cards if card.paper is not None]
-    times = {card.id: read_training(root / card.training.log).typical_seconds for card in measured if card.training}
-    ends = {card.id: wilson_interval(card.measured.correct, card.measured.total) for card in measured if card.measured}
-    accuracy = Axis("top-1 on the test part, %", *spread([100 * end for pair in ends.values() for end in pair]))
-    drawings = []
-    for heading, label, value in (
-        ("Measured, by size", "parameters", lambda card: float(card.parameters)),
-        ("Measured, by time", "seconds of training an epoch", lambda card: times[card.id]),
-    ):
-        places = [value(card) for card in measured]
-        panel = Panel(heading, Axis(label, *spread(places, log=True, room=0.3), log=True), accuracy)
-        for card, x in zip(measured, places, strict=True):
-            assert card.measured is not None
-            _, colour, shape = form_look(card.data.input)
-            low, high = ends[card.id]
-            panel.whisker(x, 100 * low, 100 * high, colour)
-            title = f"{card.id}: {card.measured.top1:.2f} % ({card.measured.correct} of {card.measured.total})"
-            panel.dots([(x, card.measured.top1)], colour, 9, shape, title=title)
-            panel.words(x, card.measured.top1, f"{card.measured.top1:.2f}", colour)
-        said = "; ".join(
-            f"{card.id} {card.measured.top1:.2f} % at {short_number(x)}"
-            for card, x in zip(measured, places, strict=True)
-            if card.measured
-        )
-        drawings.append(panel.drawn(f"Test accuracy against {label}: {said}."))
-    drawings.append(_published_panel(published))
+    logs = {card.id: read_training(root / card.training.log) for card in measured if card.training}
+    times = {name: log.typical_seconds for name, log in logs.items() if log is not None}
+    drawings = [_measured_panel("Measured, by size", "parameters", [(card, card.parameters) for card in measured])]
+    timed = [(card, times[card.id]) for card in measured if card.id in times]
+    if timed:
+        drawings.append(_measured_panel("Measured, by time", "seconds of training an epoch", timed))
+    drawings.append(_published_panel([card for card in cards if card.paper is not None]))
+    hardware = dict.fromkeys(log.hardware for log in logs.values() if log is not None)
     sources = [Source(card.training.log, card.training.command) for card in measured if card.training]
     return Figure(
         "accuracy",
         "Accuracy, size and time",
-        "Bars are 95 % intervals (Wilson) of a thousand test digits: half a point is noise. The time is that of the "
-        "median epoch, 4,000 digits on one H100, augmentation included. On the right, hollow, what the authors publish "
-        "for other data; those figures were not measured here.",
+        "Bars are 95 % intervals (Wilson): of a thousand test samples half a point is noise. The time is that of the "
+        f"median epoch of the training ({', '.join(hardware)}), augmentation included. Hollow: what the authors "
+        "publish for other data, not measured here.",
         tuple(drawings),
         (*sources, Source("weights/README.md", "python -m smpconv_zoo.evaluation.tables --page")),
         (*(_form_entry(card) for card in measured), ("published", "muted", "ring")),
@@ -117,25 +99,32 @@ def accuracy_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure:
 
 def _form_entry(card: CheckpointCard) -> tuple[str, str, str | None]:
     name, colour, shape = form_look(card.data.input)
-    return f"digits as {name}", colour, shape
+    return f"{name}s", colour, shape
+
+
+def _measured_panel(title: str, label: str, places: Sequence[tuple[CheckpointCard, float]]) -> Drawing:
+    found = [(card, x, card.measured, form_look(card.data.input)) for card, x in places if card.measured is not None]
+    ends = [wilson_interval(measured.correct, measured.total) for _, _, measured, _ in found]
+    x_axis = Axis(label, *spread([x for _, x in places], log=True, room=0.3), log=True)
+    panel = Panel(
+        title, x_axis, Axis("top-1 on the test part, %", *spread([100 * end for pair in ends for end in pair]))
+    )
+    for (card, x, measured, (_, colour, shape)), (low, high) in zip(found, ends, strict=True):
+        panel.whisker(x, 100 * low, 100 * high, colour)
+        told = f"{card.id}: {measured.top1:.2f} % ({measured.correct} of {measured.total})"
+        panel.dots([(x, measured.top1)], colour, 9, shape, title=told)
+    panel.labels((x, measured.top1, f"{measured.top1:.2f}", colour) for _, x, measured, (_, colour, _) in found)
+    said = "; ".join(f"{card.id} {measured.top1:.2f} % at {short_number(x)}" for card, x, measured, _ in found)
+    return panel.drawn(f"Test accuracy against {label}: {said}.")
 
 
 def _published_panel(cards: Sequence[CheckpointCard]) -> Drawing:
-    x = Axis("parameters", *spread([float(card.parameters) for card in cards], log=True), log=True)
-    values = [card.paper.top1 for card in cards if card.paper]
-    panel = Panel("Published, by size", x, Axis("top-1, %", *spread(values)))
-    panel.dots([(card.parameters, card.paper.top1) for card in cards if card.paper], "muted", 8, "ring")
-    # Names beside their marks, pushed apart where accuracies are close.
-    left, lowest = True, math.inf
-    placed: list[tuple[float, float, str, bool]] = []
-    for card in sorted((card for card in cards if card.paper), key=lambda card: card.paper.top1 if card.paper else 0):
-        assert card.paper is not None
-        across, down = panel.at(card.parameters, card.paper.top1)
-        left = across > (panel.left + panel.right) / 2
-        lowest = min(down + 4, lowest - 12.5 if placed and placed[-1][3] == left else math.inf)
-        placed.append((across + (-9 if left else 9), lowest, f"{card.tag} {card.paper.top1:.2f}", left))
-    panel.marks += [Text(a, d, words, anchor="end" if left else "start") for a, d, words, left in placed]
-    said = "; ".join(f"{card.id} {card.paper.top1:.2f} %" for card in cards if card.paper)
+    found = [(float(card.parameters), card.paper.top1, card) for card in cards if card.paper is not None]
+    x_axis = Axis("parameters", *spread([x for x, _, _ in found], log=True), log=True)
+    panel = Panel("Published, by size", x_axis, Axis("top-1, %", *spread([top1 for _, top1, _ in found])))
+    panel.dots([(x, top1) for x, top1, _ in found], "muted", 8, "ring")
+    panel.labels((x, top1, f"{card.tag} {top1:.2f}", "muted") for x, top1, card in found)
+    said = "; ".join(f"{card.id} {top1:.2f} %" for _, top1, card in found)
     return panel.drawn(f"Accuracies that the authors publish, against parameters: {said}.")
 
 
@@ -147,36 +136,43 @@ def wilson_interval(correct: int, total: int, z: float = 1.96) -> tuple[float, f
     return middle - half, min(1.0, middle + half)
 
 
-def training_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure:
-    """Losses of the final runs, and validation accuracies of the runs by which their recipes were chosen."""
+def training_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure | None:
+    """Losses of the final runs, and validation accuracies of the runs by which their recipes were chosen.
+
+    None where no shipped checkpoint has a log of its epochs.
+    """
     trained = [card for card in cards if card.status == "embedded" and card.training is not None]
-    logs = {card.id: read_training(root / card.training.log) for card in trained if card.training}
-    losses = [loss for log in logs.values() for loss in log.losses]
-    longest = max(len(log.losses) for log in logs.values())
+    found = [
+        (card, card.training, log)
+        for card in trained
+        if card.training is not None and (log := read_training(root / card.training.log)) is not None
+    ]
+    if not found:
+        return None
+    losses = [loss for _, _, log in found for loss in log.losses]
+    longest = max(len(log.losses) for _, _, log in found)
     panel = Panel("Final runs", Axis("epoch", 0, longest), Axis("training loss", *spread(losses, log=True), log=True))
-    for card in trained:
-        panel.line(enumerate(logs[card.id].losses, 1), form_look(card.data.input)[1])
-    said = "; ".join(f"{card.id} ends at {logs[card.id].losses[-1]:.3f}" for card in trained)
+    for card, _, log in found:
+        panel.line(enumerate(log.losses, 1), form_look(card.data.input)[1])
+    said = "; ".join(f"{card.id} ends at {log.losses[-1]:.3f}" for card, _, log in found)
     drawings = [panel.drawn(f"Training loss of each epoch, logarithmic: {said}.")]
-    sources = [Source(card.training.log, card.training.command) for card in trained if card.training]
+    sources = [Source(training.log, training.command) for _, training, _ in found]
     search = root / RESULTS / "search_mnist5k.jsonl"
     if search.is_file():
         commands, candidates = read_search(search)
+        chosen = {card.id: log.recipe for card, _, log in found}
         for name in dict.fromkeys(recipe["id"] for recipe, _ in candidates):
             own = [(recipe, curve) for recipe, curve in candidates if recipe["id"] == name and curve]
-            drawings.append(_search_panel(name, own, logs[name].recipe if name in logs else {}))
+            drawings.append(_search_panel(name, own, chosen.get(name, {})))
         sources += [Source(f"{RESULTS}/{search.name}", command) for command in commands]
     return Figure(
-        "training",
+        "training-figure",
         "Training",
-        "Recipes were chosen by 500 validation digits: thick the chosen one, thin the others, such as without "
-        "augmentation. The final run then learns from those digits as well, and has nothing left to validate on.",
+        "Recipes of the digits were chosen by 500 validation digits: thick the chosen one, thin the others, such as "
+        "without augmentation. The final run then learns from those as well, and has nothing left to validate on.",
         tuple(drawings),
         tuple(sources),
-        tuple(
-            (f"digits as {name}", colour, None)
-            for name, colour, _ in dict.fromkeys(form_look(card.data.input) for card in trained)
-        ),
+        tuple((words, colour, None) for words, colour, _ in dict.fromkeys(_form_entry(card) for card, _, _ in found)),
     )
 
 

@@ -68,25 +68,24 @@ class TrainingLog:
         return statistics.median(self.seconds)
 
 
-def read_training(path: Path) -> TrainingLog:
-    """The log of a run as ``smpconv-zoo train --final`` leaves it.
+def read_training(path: Path) -> TrainingLog | None:
+    """The log of a run as ``smpconv-zoo train --final`` leaves it; None for a log of another form.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is not such a log.
+        ValueError: A line of a ``.jsonl`` file is not a JSON object.
     """
-    header, *lines = _json_lines(path)
-    epochs = [line for line in lines if "epoch" in line]
-    try:
-        return TrainingLog(
-            header["command"],
-            header["hardware"],
-            header["recipe"],
-            tuple(float(line["train_loss"]) for line in epochs),
-            tuple(float(line["seconds"]) for line in epochs),
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path.name} is not the log of a finished run: {error!r}") from error
+    header, *lines = _json_lines(path) if path.suffix == ".jsonl" else [{}]
+    epochs = [line for line in lines if {"epoch", "train_loss", "seconds"} <= line.keys()]
+    if not epochs or not {"command", "hardware", "recipe"} <= header.keys():
+        return None
+    return TrainingLog(
+        header["command"],
+        header["hardware"],
+        header["recipe"],
+        tuple(float(line["train_loss"]) for line in epochs),
+        tuple(float(line["seconds"]) for line in epochs),
+    )
 
 
 def read_search(path: Path) -> tuple[list[str], list[tuple[dict[str, Any], Curve]]]:

@@ -14,11 +14,11 @@ from smpconv_zoo.layers import SMPConv1d, SMPConv2d
 from smpconv_zoo.pretrained.cards import CheckpointCard
 from smpconv_zoo.reporting.drawing import Box, Dots, Drawing, Mark, Picture, Segments, Text
 from smpconv_zoo.reporting.figure import Figure, Source, form_look
-from smpconv_zoo.reporting.panel import WIDTH, Axis, Panel
+from smpconv_zoo.reporting.panel import WIDTH, Axis, Panel, spread
 from smpconv_zoo.reporting.receptive import receptive_field, share_of_newest
 from smpconv_zoo.reporting.start import Start, point_layers
 
-__all__ = ["Look", "confusion_figure", "kernel_figure", "receptive_figure"]
+__all__ = ["Look", "Samples", "confusion_figure", "kernel_figure", "receptive_figure", "silent_points"]
 
 COMMAND = "smpconv-zoo report"
 
@@ -27,19 +27,29 @@ FIELD = 220.0
 
 
 @dataclasses.dataclass(frozen=True)
+class Samples:
+    """Inputs (N, C, ...) of a validation part.
+
+    ``order`` is that of the pixels of a permuted sequence, (L,): position j is pixel ``order[j]``. ``picture`` says
+    that sequences are the rows of a square picture.
+    """
+
+    inputs: Tensor
+    order: Tensor | None = None
+    picture: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Look:
     """A checkpoint looked at: its network, the same before training, and samples that are not of the test part.
 
-    ``samples`` are inputs (N, C, ...) of the validation part. ``order`` is that of the pixels of a permuted sequence,
-    (L,): position j is pixel ``order[j]``; ``picture`` says that sequences are the rows of a square picture.
+    ``start`` is None where that cannot be had, ``samples`` where there are none but test samples.
     """
 
     card: CheckpointCard
     model: nn.Module
     start: Start | None
-    samples: Tensor
-    order: Tensor | None
-    picture: bool
+    samples: Samples | None
     result: EvaluationResult
 
 
@@ -62,13 +72,18 @@ def kernel_figure(look: Look) -> Figure | None:
             f"began so shows in the positions: first and learned ones correlate by {look.start.correlation:.2f}."
         )
     return Figure(
-        f"kernels-{look.card.tag}",
+        f"kernels-{_anchor(look)}",
         look.card.id,
         f"{caption} {origin}",
         drawings,
         _sources(look),
         (("before training", "plain", None), ("after", form_look(look.card.data.input)[1], None)),
     )
+
+
+def _anchor(look: Look) -> str:
+    """The id of a checkpoint as addresses inside a page have it."""
+    return look.card.id.replace(".", "-")
 
 
 def _seed(look: Look) -> str:
@@ -82,7 +97,7 @@ def _kernel_caption(look: Look) -> str:
             "The strongest kernels (blue above zero, orange below), their points as dots. Points move by fractions of "
             "a tap; what they draw is new all the same."
         )
-    silent = torch.cat([_silent(layer).flatten() for layer in layers])
+    silent = torch.cat([silent_points(layer).flatten() for layer in layers])
     return (
         "Kernels over the samples that they see, the current one at the right, and below each its points, from where "
         "they began to where they went; in the picture of all, blue is above zero, orange below. "
@@ -91,8 +106,8 @@ def _kernel_caption(look: Look) -> str:
     )
 
 
-def _silent(layer: SMPConv1d | SMPConv2d) -> Tensor:
-    """Which points of a sequence's layer touch no tap, (out, points)."""
+def silent_points(layer: SMPConv1d | SMPConv2d) -> Tensor:
+    """Which points of a sequence's layer touch no tap, (out, points): no tap is nearer than their radius."""
     lags, last = _lags(layer), layer.kernel_size[0] - 1
     distance = (lags - lags.round().clamp(0, last)).abs()
     return distance >= layer.radius.expand(lags.shape) * last / 2
@@ -203,8 +218,8 @@ def _sequence_moves(
     start = torch.cat([_lags(before).flatten() for _, before in pairs if before is not None])
     end = torch.cat([_lags(after).flatten() for after, _ in pairs])
     moved = start - end
-    most = math.ceil(float(moved.abs().quantile(0.995)) / 10) * 10
-    reach = float(start.quantile(0.995))
+    most = 1.05 * max(1.0, float(moved.abs().quantile(0.995)))
+    reach = max(1.0, float(start.quantile(0.995)))
     panel = Panel(
         f"Where {len(moved):,} points went",
         Axis("began so many samples before the current one", reach, 0),
@@ -224,8 +239,7 @@ def _radii(pairs: Sequence[tuple[SMPConv1d | SMPConv2d, SMPConv1d | SMPConv2d | 
     half = [(layer.kernel_size[0] - 1) / 2 for layer, _ in pairs]
     radii = torch.cat([layer.radius.flatten() * h for (layer, _), h in zip(pairs, half, strict=True)])
     first = pairs[0][0].init_radius * half[0]
-    low, high = min(first, float(radii.min())), max(first, float(radii.quantile(0.999)))
-    edges = torch.linspace(low - 0.05 * (high - low), high + 0.05 * (high - low), 41)
+    edges = torch.linspace(*spread([first, float(radii.min()), float(radii.quantile(0.999))], room=0.05), 41)
     counts = torch.histc(radii, 40, float(edges[0]), float(edges[-1])) / len(radii) * 100
     panel = Panel(
         "Radii",
@@ -339,30 +353,35 @@ def _image_moves(layer: SMPConv1d | SMPConv2d, before: SMPConv1d | SMPConv2d, re
 # --------------------------------------------------------------------------------------------------- receptive fields
 
 
-def receptive_figure(look: Look) -> Figure:
-    """The effective receptive field of a checkpoint, before and after training."""
-    after = receptive_field(look.model, look.samples)
-    before = None if look.start is None else receptive_field(look.start.model.requires_grad_(False), look.samples)
+def receptive_figure(look: Look) -> Figure | None:
+    """The effective receptive field of a checkpoint, before and after training; None without samples."""
+    if look.samples is None:
+        return None
+    inputs, order = look.samples.inputs, look.samples.order
+    after = receptive_field(look.model, inputs)
+    before = None if look.start is None else receptive_field(look.start.model.requires_grad_(False), inputs)
     fields = [(name, field) for name, field in (("Before", before), ("After", after)) if field is not None]
     drawings = []
-    words = f"Over {len(look.samples)} validation samples. "
+    words = f"Over {len(inputs)} validation samples. "
     if after.dim() == 1:
         halves = {name: int((share_of_newest(field) < 0.5).sum()) + 1 for name, field in fields}
         drawings.append(_cumulative(look, fields, halves["After"]))
         words += f"Half of the gradient lies within the newest {halves['After']} of {len(after)} samples"
         words += f", before training within {halves['Before']}. " if before is not None else ". "
-        if look.picture:
+        if look.samples.picture:
             side = math.isqrt(len(after))
             words += "In the pictures every sample is back at its pixel. "
-            if look.order is not None:
+            if order is not None:
                 words += "Pixels come in a random order, so that what is newest is scattered all over. "
-            order = torch.arange(len(after)) if look.order is None else look.order
-            fields = [(name, torch.zeros_like(f).scatter(0, order, f).view(side, side)) for name, f in fields]
+            pixel = torch.arange(len(after)) if order is None else order
+            fields = [(name, torch.zeros_like(f).scatter(0, pixel, f).view(side, side)) for name, f in fields]
     if fields[0][1].dim() == 2:
         drawings += [_field_picture(name, field) for name, field in fields]
-        words += "The darker a pixel, the more it counts; each picture by itself, and by the square root."
+        words += (
+            "The stronger the colour of a pixel, the more it counts: each picture by itself, and by the square root."
+        )
     return Figure(
-        f"receptive-{look.card.tag}",
+        f"receptive-{_anchor(look)}",
         look.card.id,
         words,
         tuple(drawings),
@@ -403,11 +422,11 @@ def _field_picture(name: str, field: Tensor) -> Drawing:
 
 def confusion_figure(looks: Sequence[Look]) -> Figure | None:
     """Confusion matrices of all checkpoints on their test parts, as counted when the report was made."""
-    drawings = [_confusion(look.card.tag, look.result.confusion) for look in looks if look.result.confusion is not None]
+    drawings = [_confusion(look.card.id, look.result.confusion) for look in looks if look.result.confusion is not None]
     if not drawings:
         return None
     counted = "; ".join(
-        f"{look.card.tag} {look.result.correct} of {look.result.total}, {_AGREES[look.result.agrees]}" for look in looks
+        f"{look.card.id} {look.result.correct} of {look.result.total}, {_AGREES[look.result.agrees]}" for look in looks
     )
     return Figure(
         "confusion",

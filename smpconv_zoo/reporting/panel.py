@@ -12,6 +12,9 @@ __all__ = ["Axis", "Panel", "log_ticks", "round_ticks", "short_number", "spread"
 
 WIDTH, HEIGHT = 340.0, 256.0
 
+# Between the base lines of words.
+LINE = 12.5
+
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
@@ -96,12 +99,25 @@ class Panel:
         across, down = self.at(x, low)
         self.marks.append(Segments(((across, down, across, self.at(x, high)[1]),), colour, 1.4))
 
-    def words(self, x: float, y: float, words: str, colour: str = "muted", right: float = 8, up: float = -4) -> None:
-        """Words beside a place; on its left where there is no room to its right."""
-        across, down = self.at(x, y)
-        fits = across + right + 6.2 * len(words) < WIDTH
-        place = across + right if fits else across - right
-        self.marks.append(Text(place, down - up, words, colour, anchor="start" if fits else "end"))
+    def labels(self, places: Iterable[tuple[float, float, str, str]]) -> None:
+        """Words (x, y, words, colour) beside their places, pushed apart where places are close.
+
+        They stand on the right where there is room, else on the left.
+        """
+        # Base lines that are taken, of either side, from the bottom up.
+        taken: dict[bool, list[tuple[float, float, float]]] = {True: [], False: []}
+        for x, y, words, colour in sorted(places, key=lambda place: place[1]):
+            across, down = self.at(x, y)
+            width = 6.2 * len(words)
+            fits = across + 9 + width < WIDTH
+            start = across + 9 if fits else across - 9 - width
+            base = down + 4
+            for left, right, line in taken[fits]:
+                if start < right and left < start + width and base > line - LINE:
+                    base = line - LINE
+            taken[fits].append((start, start + width, base))
+            anchor, place = ("start", across + 9) if fits else ("end", across - 9)
+            self.marks.append(Text(place, base, words, colour, anchor=anchor))
 
     def reference(self, x: float, words: str = "") -> None:
         """A dashed vertical line, with words at its upper end."""

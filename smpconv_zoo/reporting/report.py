@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from smpconv_zoo.data.protocol import pixel_permutation
 from smpconv_zoo.environment import hardware, versions
@@ -32,11 +31,11 @@ from smpconv_zoo.reporting.log_figures import (
     training_figure,
 )
 from smpconv_zoo.reporting.logs import find_clone, read_study
-from smpconv_zoo.reporting.network_figures import Look, confusion_figure, kernel_figure, receptive_figure
+from smpconv_zoo.reporting.network_figures import Look, Samples, confusion_figure, kernel_figure, receptive_figure
 from smpconv_zoo.reporting.page import Links, Section, Tile, render_page
 from smpconv_zoo.reporting.start import recreate_start
 from smpconv_zoo.training.arrays import load_parts, pixels_as_input
-from smpconv_zoo.training.recipe import SequenceRecipe, load_recipe
+from smpconv_zoo.training.recipe import SequenceRecipe, list_recipes, load_recipe
 
 __all__ = ["Written", "log_sections", "look_at", "network_sections", "write_report_page"]
 
@@ -141,15 +140,16 @@ def log_sections(root: Path) -> dict[str, Section]:
         OSError: A log cannot be read.
     """
     cards = _cards()
-    resolution = resolution_figure(root)
+    training, resolution = training_figure(cards, root), resolution_figure(root)
     found = [
         Section("results", "Checkpoints", "", (checkpoint_table(cards), accuracy_figure(cards, root))),
         _study_section(root),
-        Section("training", "Training", "", (training_figure(cards, root),)),
     ]
     speed = (*(() if (bars := speed_figure(root)) is None else (bars,)), *speed_tables(root))
     if speed:
         found.append(Section("speed", "Speed", "As recorded in the logs; nothing was timed for this page.", speed))
+    if training is not None:
+        found.append(Section("training", "Training", "", (training,)))
     if resolution is not None:
         found.append(Section("resolutions", "Other resolutions", "", (resolution,)))
     return {section.id: section for section in found}
@@ -183,31 +183,27 @@ def look_at(card: CheckpointCard, batch_size: int = 100) -> Look:
         ImportError: A package with data is not installed.
     """
     model = load_pretrained(card).requires_grad_(False)
-    recipe = load_recipe(card.id)
-    assert isinstance(recipe, SequenceRecipe), f"{card.id} is not of data in memory"
-    samples, order, picture = _validation_samples(recipe)
+    recipe = load_recipe(card.id) if card.id in list_recipes() else None
     return Look(
         card=card,
         model=model,
-        start=recreate_start(recipe, model),
-        samples=samples,
-        order=order,
-        picture=picture,
+        start=None if recipe is None else recreate_start(recipe, model),
+        samples=_validation_samples(recipe) if isinstance(recipe, SequenceRecipe) else None,
         result=evaluate_checkpoint(card.id, batch_size=batch_size),
     )
 
 
-def _validation_samples(recipe: SequenceRecipe) -> tuple[Tensor, Tensor | None, bool]:
-    """Inputs of the validation part, the order of their pixels, and whether they are pictures row by row."""
+def _validation_samples(recipe: SequenceRecipe) -> Samples | None:
     parts = load_parts(recipe)
-    assert parts.validation is not None
+    if parts.validation is None:
+        return None
     images, _ = parts.validation
     images = images[torch.linspace(0, len(images) - 1, min(SAMPLES, len(images))).round().long()]
     order = None
     if recipe.permutation_seed is not None:
         order = torch.from_numpy(pixel_permutation(recipe.permutation_seed, n=images[0, 0].numel()))
     square = images.dim() == 4 and images.size(-1) == images.size(-2) and not recipe.input.startswith("image")
-    return pixels_as_input(images, recipe.input, order), order, square
+    return Samples(pixels_as_input(images, recipe.input, order), order, square)
 
 
 def network_sections(looks: list[Look]) -> dict[str, Section]:
@@ -226,7 +222,7 @@ def network_sections(looks: list[Look]) -> dict[str, Section]:
             "Receptive fields",
             "How strongly each sample or pixel moves the features at the last step, or at the centre of a picture: the "
             "size of the gradient, averaged over real samples that are not of the test part.",
-            tuple(map(receptive_figure, looks)),
+            tuple(figure for look in looks if (figure := receptive_figure(look)) is not None),
         ),
         Section("confusions", "Confusions", "", () if confusion is None else (confusion,)),
     ]
@@ -237,8 +233,8 @@ def _tiles(cards: list[CheckpointCard]) -> list[Tile]:
     return [
         Tile(
             f"{card.measured.top1:.2f} %",
-            f"digits as {form_look(card.data.input)[0]}s",
-            f"{card.measured.correct:,} of {card.measured.total:,} test digits, {card.parameters:,} parameters",
+            f"{card.data.name}, {form_look(card.data.input)[0]}s",
+            f"{card.measured.correct:,} of {card.measured.total:,} test samples, {card.parameters:,} parameters",
             card.measured.log,
         )
         for card in cards
