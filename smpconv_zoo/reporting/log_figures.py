@@ -73,27 +73,39 @@ def checkpoint_table(cards: Sequence[CheckpointCard]) -> Table:
     )
 
 
-def accuracy_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure:
-    """Measured accuracy against parameters and against the time of an epoch; published accuracy against parameters."""
-    measured = [card for card in cards if card.measured is not None and card.training is not None]
-    logs = {card.id: read_training(root / card.training.log) for card in measured if card.training}
-    times = {name: log.typical_seconds for name, log in logs.items() if log is not None}
-    drawings = [_measured_panel("Measured, by size", "parameters", [(card, card.parameters) for card in measured])]
-    timed = [(card, times[card.id]) for card in measured if card.id in times]
+def accuracy_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure | None:
+    """Measured accuracy against parameters and against the time of an epoch; published accuracy against parameters.
+
+    None where there is nothing to show.
+    """
+    measured = [card for card in cards if card.measured is not None]
+    published = [card for card in cards if card.paper is not None]
+    trained = [(card, card.training) for card in measured if card.training is not None]
+    logs = {card.id: log for card, training in trained if (log := read_training(root / training.log)) is not None}
+    timed = [(card, logs[card.id].typical_seconds) for card in measured if card.id in logs]
+    drawings = []
+    if measured:
+        sized = [(card, float(card.parameters)) for card in measured]
+        drawings.append(_measured_panel("Measured, by size", "parameters", sized))
     if timed:
         drawings.append(_measured_panel("Measured, by time", "seconds of training an epoch", timed))
-    drawings.append(_published_panel([card for card in cards if card.paper is not None]))
-    hardware = dict.fromkeys(log.hardware for log in logs.values() if log is not None)
-    sources = [Source(card.training.log, card.training.command) for card in measured if card.training]
+    if published:
+        drawings.append(_published_panel(published))
+    if not drawings:
+        return None
+    hardware = f" ({', '.join(dict.fromkeys(log.hardware for log in logs.values()))})" if logs else ""
     return Figure(
         "accuracy",
         "Accuracy, size and time",
         "Bars are 95 % intervals (Wilson): of a thousand test samples half a point is noise. The time is that of the "
-        f"median epoch of the training ({', '.join(hardware)}), augmentation included. Hollow: what the authors "
-        "publish for other data, not measured here.",
+        f"median epoch of the training{hardware}, augmentation included. Hollow: what the authors publish for other "
+        "data, not measured here.",
         tuple(drawings),
-        (*sources, Source("weights/README.md", "python -m smpconv_zoo.evaluation.tables --page")),
-        (*(_form_entry(card) for card in measured), ("published", "muted", "ring")),
+        (
+            *(Source(training.log, training.command) for _, training in trained),
+            Source("weights/README.md", "python -m smpconv_zoo.evaluation.tables --page"),
+        ),
+        (*(_form_entry(card) for card in measured), *((("published", "muted", "ring"),) if published else ())),
     )
 
 
@@ -123,7 +135,7 @@ def _published_panel(cards: Sequence[CheckpointCard]) -> Drawing:
     x_axis = Axis("parameters", *spread([x for x, _, _ in found], log=True), log=True)
     panel = Panel("Published, by size", x_axis, Axis("top-1, %", *spread([top1 for _, top1, _ in found])))
     panel.dots([(x, top1) for x, top1, _ in found], "muted", 8, "ring")
-    panel.labels((x, top1, f"{card.tag} {top1:.2f}", "muted") for x, top1, card in found)
+    panel.labels((x, top1, f"{card.id.removeprefix('smpconv_')} {top1:.2f}", "muted") for x, top1, card in found)
     said = "; ".join(f"{card.id} {top1:.2f} %" for _, top1, card in found)
     return panel.drawn(f"Accuracies that the authors publish, against parameters: {said}.")
 

@@ -219,18 +219,17 @@ def _sequence_moves(
     end = torch.cat([_lags(after).flatten() for after, _ in pairs])
     moved = start - end
     most = 1.05 * max(1.0, float(moved.abs().quantile(0.995)))
+    median = float(moved.abs().median())
     reach = max(1.0, float(start.quantile(0.995)))
     panel = Panel(
         f"Where {len(moved):,} points went",
         Axis("began so many samples before the current one", reach, 0),
-        Axis("moved towards the current sample by, samples", -most, most),
+        Axis(f"moved towards the current sample by, samples (median size {median:.1f})", -most, most),
     )
     # A sample of the points, evenly through all layers: more dots would only be more ink.
     index = torch.linspace(0, len(moved) - 1, min(1800, len(moved))).round().long()
     places = [(a, b) for a, b in zip(start[index].tolist(), moved[index].tolist(), strict=True) if abs(b) <= most]
     panel.dots([place for place in places if place[0] <= reach], colour, 2.4, opacity=0.4)
-    median = float(moved.abs().median())
-    panel.marks.append(Text(panel.right, panel.top + 10, f"median {median:.1f} samples", anchor="end"))
     return panel.drawn(f"Moves of the points of all layers: half of them moved by less than {median:.1f} samples.")
 
 

@@ -157,13 +157,13 @@ def round_ticks(low: float, high: float, most: int = 5) -> tuple[float, ...]:
 
 
 def log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """Powers of ten from ``low`` to ``high``; with 2 and 5 times them where those are fewer than three."""
+    """Powers of ten from ``low`` to ``high``, with some multiples where those are fewer than three."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1,), (1, 3), (1, 2, 5), tuple(range(1, 10))):
+    for factors in ((1,), (1, 3), (1, 2, 5)):
         ticks = tuple(factor * 10.0**e for e in exponents for factor in factors if low <= factor * 10.0**e <= high)
         if len(ticks) >= 3:
             return ticks
-    return ticks or (low, high)
+    return round_ticks(low, high)
 
 
 def spread(values: Sequence[float], log: bool = False, room: float = 0.12) -> tuple[float, float]:

@@ -140,9 +140,10 @@ def log_sections(root: Path) -> dict[str, Section]:
         OSError: A log cannot be read.
     """
     cards = _cards()
+    accuracy = accuracy_figure(cards, root)
     training, resolution = training_figure(cards, root), resolution_figure(root)
     found = [
-        Section("results", "Checkpoints", "", (checkpoint_table(cards), accuracy_figure(cards, root))),
+        Section("results", "Checkpoints", "", (checkpoint_table(cards), *(() if accuracy is None else (accuracy,)))),
         _study_section(root),
     ]
     speed = (*(() if (bars := speed_figure(root)) is None else (bars,)), *speed_tables(root))
