@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from golden_files import ROOT
+from PIL import Image
 from test_reporting import PAGE, made_study, write_lines
 
 from smpconv_zoo.reporting.page import Links, render_page
@@ -137,6 +140,15 @@ def test_every_figure_can_be_told_and_every_link_followed(browser: Any, page: Pa
     assert inner and set(inner) <= set(ids)
     files = [Path(unquote(urlsplit(link).path)) for link in links]
     assert len(files) > 20 and [path for path in files if not path.is_file()] == []
+
+
+def test_a_picture_of_some_figures_is_taken(browser: Any, tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "eval" / "photograph.py", PAGE, tmp_path / "it.png", "--only", "accuracy"]
+    subprocess.run(command, check=True, timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    picture = Image.open(tmp_path / "it.png")
+    assert picture.width == 1080 and 500 < picture.height < 1500 and len(picture.convert("RGB").getcolors(256)) > 50
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path), "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and "is left as it is" in done.stderr
 
 
 def test_by_night_it_is_dark(browser: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -19,19 +20,19 @@ from test_evaluation import PNG, make_checkout
 from torch import nn
 
 import smpconv_zoo
-from smpconv_zoo.evaluation.classification import load_pretrained
+from smpconv_zoo.evaluation.classification import EvaluationResult, load_pretrained
 from smpconv_zoo.layers import SMPConv1d
-from smpconv_zoo.pretrained.cards import checkpoint_card
+from smpconv_zoo.pretrained.cards import checkpoint_card, list_checkpoints
 from smpconv_zoo.reporting.drawing import COLOURS, Dots, Drawing, Line, Picture, Text, drawing_to_svg, drawings_to_png
 from smpconv_zoo.reporting.figure import Figure
 from smpconv_zoo.reporting.log_figures import dropped_figure, study_figures, study_table, wilson_interval
 from smpconv_zoo.reporting.logs import StudyRun, read_study, read_training, summarize
-from smpconv_zoo.reporting.network_figures import silent_points
+from smpconv_zoo.reporting.network_figures import Look, Samples, silent_points
 from smpconv_zoo.reporting.page import Links, render_section
 from smpconv_zoo.reporting.panel import Axis, Panel, log_ticks, round_ticks, short_number
 from smpconv_zoo.reporting.receptive import receptive_field, share_of_newest
-from smpconv_zoo.reporting.report import log_sections
-from smpconv_zoo.reporting.start import _inverse, _inverse_truncated_normal, point_layers, recreate_start
+from smpconv_zoo.reporting.report import log_sections, network_sections
+from smpconv_zoo.reporting.start import Start, _inverse, _inverse_truncated_normal, point_layers, recreate_start
 from smpconv_zoo.training.recipe import SequenceRecipe, load_recipe
 
 PAGE = ROOT / "docs" / "report.html"
@@ -280,6 +281,47 @@ def test_silent_points_have_no_part_in_the_kernel() -> None:
         assert not torch.equal(layer.kernel(), before)
 
 
+def look_of(name: str, inputs: torch.Tensor, picture: bool, **arguments: object) -> Look:
+    """A small network before and after some moves, with the card of another and a made result."""
+    card = dataclasses.replace(checkpoint_card(name), network="any")
+    start, model = (smpconv_zoo.create_model(card.id.partition(".")[0], **arguments).eval() for _ in range(2))
+    model.load_state_dict(start.state_dict())
+    for _, layer in point_layers(model):
+        layer.coords.data += 0.01
+    order = torch.randperm(inputs.size(-1)) if picture else None
+    confusion = ((9, 1), (0, 10))
+    result = EvaluationResult(name, 19, 20, 95.0, 1.0, None, None, None, confusion, (), "cpu", {})
+    return Look(card, model, Start(start, "as it is drawn", 0.99), Samples(inputs, order, picture), result)
+
+
+def test_figures_of_networks_show_before_and_after(tmp_path: Path) -> None:
+    looks = [
+        look_of("smpconv_tcn_mnist.pmnist5k", torch.randn(3, 1, 64), True, dims=[5], kernel_size=64, n_points=7),
+        look_of("smpconv_resnet_mnist.mnist5k", torch.randn(3, 1, 12, 12), False, dims=[4], kernel_size=13),
+    ]
+    sections = network_sections(looks)
+    assert [len(figure.drawings) for figure in sections["kernels"].parts] == [6, 6]
+    sequence, image = sections["kernels"].parts
+    assert "correlate by 0.99" in sequence.caption and "from seed 0, as it is drawn" in sequence.caption
+    # All points moved by 0.01 along both axes, half a kernel being 6 taps.
+    assert f"less than {0.01 * 6 * 2**0.5:.2f} taps" in image.caption
+    assert "half of them moved by less than 0.3 samples" in sequence.drawings[3].description
+    fields = sections["fields"].parts
+    assert [len(figure.drawings) for figure in fields] == [3, 2] and "random order" in fields[0].caption
+    (confusion,) = sections["confusions"].parts
+    assert "0 taken for 1, 1 times" in confusion.drawings[0].description and "19 of 20" in confusion.caption
+    for section in sections.values():
+        assert render_section(section, Links(ROOT, tmp_path / "x.html")).count("<svg viewBox") >= 2
+
+
+def test_a_network_without_start_or_samples_is_shown_as_it_is() -> None:
+    look = look_of("smpconv_tcn_mnist.smnist5k", torch.randn(3, 1, 64), False, dims=[5], kernel_size=64, n_points=7)
+    sections = network_sections([dataclasses.replace(look, start=None, samples=None)])
+    assert sections.keys() == {"kernels", "confusions"}
+    (figure,) = sections["kernels"].parts
+    assert len(figure.drawings) == 5 and "could not be drawn again" in figure.caption
+
+
 # -------------------------------------------------------------------------------------------------- figures and page
 
 
@@ -299,6 +341,10 @@ def test_the_page_of_the_repository_shows_the_logs_as_they_are() -> None:
     page = PAGE.read_text(encoding="utf-8")
     for section in log_sections(ROOT).values():
         assert render_section(section, Links(ROOT, PAGE)) in page, f"{section.id} has changed: make report"
+    for card in map(checkpoint_card, list_checkpoints()):
+        if card.status == "embedded" and card.measured is not None:
+            counted = f"{card.id} {card.measured.correct} of {card.measured.total}, as its card says"
+            assert counted in page, f"{card.id} is not what it was, or new: make report"
     assert "kernels-smpconv_tcn_mnist-smnist5k" in page and "<script" not in page
     assert PAGE.stat().st_size < 2e6 and (ROOT / "docs" / "report.png").stat().st_size < 4e5
 
@@ -339,7 +385,8 @@ def test_the_command_writes_a_page_and_pictures_of_any_checkpoints(tmp_path: Pat
     command = [sys.executable, "-m", "smpconv_zoo.cli", "report", "--out", str(out), "--png", str(figures), "--json"]
     done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
-    assert done.stderr.endswith("smpconv-zoo: not equal to the card's figure: smpconv_tcn_mnist.rows\n")
+    missing, differing = done.stderr.splitlines()
+    assert "study.jsonl" in missing and differing.endswith("not equal to the card's figure: smpconv_tcn_mnist.rows")
     answer = json.loads(done.stdout)
     assert answer["page"] == str(out) and answer["differing"] == ["smpconv_tcn_mnist.rows"]
     assert len(answer["left_out"]) == 1 and "study.jsonl" in answer["left_out"][0]

@@ -112,7 +112,7 @@ class Box:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """Words; ``y`` is their base line, ``anchor`` one of start, middle, end."""
+    """Words; ``y`` is their base line, ``anchor`` one of start, middle, end. A ``halo`` keeps lines behind them off."""
 
     x: float
     y: float
@@ -121,6 +121,7 @@ class Text:
     size: float = 11.5
     anchor: str = "start"
     bold: bool = False
+    halo: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,10 +152,7 @@ def drawing_to_svg(drawing: Drawing) -> str:
     """The drawing as an ``<svg>`` element that is as wide as its place, with colours of the page's style."""
     marks = "".join(_svg_mark(mark) for mark in drawing.marks)
     label = html.escape(drawing.description, quote=True)
-    return (
-        f'<svg viewBox="0 0 {_n(drawing.width)} {_n(drawing.height)}" role="img" aria-label="{label}">'
-        f"<title>{html.escape(drawing.description)}</title>{marks}</svg>"
-    )
+    return f'<svg viewBox="0 0 {_n(drawing.width)} {_n(drawing.height)}" role="img" aria-label="{label}">{marks}</svg>'
 
 
 def legend_to_svg(colour: str, shape: str | None) -> str:
@@ -188,8 +186,9 @@ def _svg_mark(mark: Mark) -> str:
     if isinstance(mark, Text):
         anchor = "" if mark.anchor == "start" else f' text-anchor="{mark.anchor}"'
         weight = ' font-weight="600"' if mark.bold else ""
+        halo = " halo" if mark.halo else ""
         return (
-            f'<text class="f-{mark.colour}" x="{_n(mark.x)}" y="{_n(mark.y)}" font-size="{_n(mark.size)}"{anchor}'
+            f'<text class="f-{mark.colour}{halo}" x="{_n(mark.x)}" y="{_n(mark.y)}" font-size="{_n(mark.size)}"{anchor}'
             f"{weight}>{html.escape(mark.words)}</text>"
         )
     data = base64.b64encode(_png_of_values(mark.values)).decode()

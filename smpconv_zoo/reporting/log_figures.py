@@ -431,9 +431,9 @@ def speed_figure(root: Path) -> Figure | None:
     return Figure(
         "speed-figure",
         "Times as fast",
-        "How many times as fast as a peer that was timed in the same run; at the stroke both are equal. Left: the "
-        "forward pass of the CUDA operator at batch 128 in bfloat16. Middle: inference of merged networks. Right: a "
-        "training step, against kernels rendered densely and torch.fft.",
+        "How many times as fast as a peer that was timed in the same run; at the stroke both are equal. On the "
+        "GPU the forward pass of the CUDA operator at batch 128 in bfloat16; on the CPU inference of merged networks, "
+        "and a training step against kernels rendered densely and torch.fft.",
         tuple(drawings),
         _sources(records),
     )

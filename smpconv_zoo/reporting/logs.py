@@ -110,12 +110,11 @@ def read_resolution(path: Path) -> tuple[str, list[ResolutionResult]]:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What ``smpconv-zoo bench`` wrote: command, hardware, version of PyTorch, and the results as they stand there."""
+    """What ``smpconv-zoo bench`` wrote: command, hardware, and the results as they stand there."""
 
     path: str
     command: str
     hardware: str
-    torch: str
     results: tuple[dict[str, Any], ...]
 
 
@@ -129,7 +128,6 @@ def read_record(root: Path, name: str) -> Record | None:
         f"{RESULTS}/{name}",
         content["command"],
         content["hardware"],
-        content["versions"]["torch"],
         tuple(content["results"]),
     )
 

@@ -60,7 +60,7 @@ def kernel_figure(look: Look) -> Figure | None:
         return None
     with torch.no_grad():
         drawings = _sequence_kernels(look) if isinstance(layers[0][1], SMPConv1d) else _image_kernels(look)
-    caption = _kernel_caption(look)
+        caption = _kernel_caption(look)
     if look.start is None:
         origin = (
             "How the network began could not be drawn again: no drawing of its seed lies near the learned points. "
@@ -91,18 +91,20 @@ def _seed(look: Look) -> str:
 
 
 def _kernel_caption(look: Look) -> str:
-    layers = [layer for _, layer in point_layers(look.model)]
-    if isinstance(layers[0], SMPConv2d):
-        return (
-            "The strongest kernels (blue above zero, orange below), their points as dots. Points move by fractions of "
-            "a tap; what they draw is new all the same."
-        )
-    silent = torch.cat([silent_points(layer).flatten() for layer in layers])
+    pairs = _before_and_after(look)
+    if isinstance(pairs[0][0], SMPConv2d):
+        moves = [
+            (after.coords - before.coords).flatten(0, 1).norm(dim=1) * (after.kernel_size[0] // 2)
+            for after, before in pairs
+            if before is not None
+        ]
+        words = f" Half of all points moved by less than {float(torch.cat(moves).median()):.2f} taps." if moves else ""
+        return f"The strongest kernels (blue above zero, orange below), their points as dots.{words}"
+    silent = torch.cat([silent_points(layer).flatten() for layer, _ in pairs])
     return (
         "Kernels over the samples that they see, the current one at the right, and below each its points, from where "
-        "they began to where they went; in the picture of all, blue is above zero, orange below. "
-        f"By their radii {100 * float(silent.float().mean()):.0f} % of the points end "
-        "up between two taps and touch neither: training has silenced them."
+        "they began to where they went; in the picture of all, blue is above zero, orange below. After training "
+        f"{100 * float(silent.float().mean()):.0f} % of the points are too narrow to touch a tap where they lie."
     )
 
 

@@ -189,7 +189,7 @@ text-decoration:none} .tile:hover{border-color:var(--first)}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,316px),1fr));gap:28px 32px;
 margin:18px 0 10px}
 .panels>div{max-width:440px;min-width:0} .panels svg{display:block;width:100%;height:auto;overflow:visible}
-.panels text{font-family:inherit}
+.panels text{font-family:inherit} .halo{paint-order:stroke;stroke:var(--ground);stroke-width:3px}
 .legend{display:flex;flex-wrap:wrap;gap:4px 22px;list-style:none;margin:0;padding:0;font-size:.88rem}
 .legend li{display:flex;align-items:center} .key{margin-right:7px;flex:none}
 .how{display:flex;flex-wrap:wrap;gap:2px 16px;align-items:baseline;font-size:.82rem;color:var(--muted)}

@@ -117,7 +117,7 @@ class Panel:
                     base = line - LINE
             taken[fits].append((start, start + width, base))
             anchor, place = ("start", across + 9) if fits else ("end", across - 9)
-            self.marks.append(Text(place, base, words, colour, anchor=anchor))
+            self.marks.append(Text(place, base, words, colour, anchor=anchor, halo=True))
 
     def reference(self, x: float, words: str = "") -> None:
         """A dashed vertical line, with words at its upper end."""
@@ -126,7 +126,7 @@ class Panel:
         if words:
             left = across > (self.left + self.right) / 2
             anchor = "end" if left else "start"
-            self.marks.append(Text(across + (-5 if left else 5), self.top + 9, words, anchor=anchor))
+            self.marks.append(Text(across + (-5 if left else 5), self.top + 9, words, anchor=anchor, halo=True))
 
     def drawn(self, description: str) -> Drawing:
         """The panel as it is now."""

@@ -235,7 +235,7 @@ def _tiles(cards: list[CheckpointCard]) -> list[Tile]:
         Tile(
             f"{card.measured.top1:.2f} %",
             f"{card.data.name}, {form_look(card.data.input)[0]}s",
-            f"{card.measured.correct:,} of {card.measured.total:,} test samples, {card.parameters:,} parameters",
+            f"{card.measured.correct:,} of {card.measured.total:,} · {card.parameters:,} parameters",
             card.measured.log,
         )
         for card in cards
