@@ -25,7 +25,7 @@ from smpconv_zoo.layers import SMPConv1d
 from smpconv_zoo.pretrained.cards import checkpoint_card, list_checkpoints
 from smpconv_zoo.reporting.drawing import COLOURS, Dots, Drawing, Line, Picture, Text, drawing_to_svg, drawings_to_png
 from smpconv_zoo.reporting.figure import Figure
-from smpconv_zoo.reporting.log_figures import dropped_figure, study_figures, study_table, wilson_interval
+from smpconv_zoo.reporting.log_figures import dropped_figure, study_figures, study_tables, wilson_interval
 from smpconv_zoo.reporting.logs import StudyRun, read_study, read_training, summarize
 from smpconv_zoo.reporting.network_figures import Look, Samples, silent_points
 from smpconv_zoo.reporting.page import Links, render_section
@@ -39,17 +39,26 @@ PAGE = ROOT / "docs" / "report.html"
 
 
 def made_study() -> list[dict[str, object]]:
-    """Lines as a study leaves them: three kinds of kernels, two data sets, two seeds, one set with dropped samples."""
-    lines: list[dict[str, object]] = [{"command": "study --device cuda", "hardware": "a GPU"}]
-    for data, shares in (("GunPoint", (0,)), ("JapaneseVowels", (0, 30, 70))):
-        for i, variant in enumerate(("grid", "points", "mlp", "something new")):
-            for seed in (0, 1):
-                for dropped in shares:
-                    test = 95.0 - i + 2 * seed - dropped / 10
-                    run = {"data": data, "variant": variant, "seed": seed, "dropped": dropped, "test": test}
-                    curve = [[epoch, 50 + 4 * epoch + seed] for epoch in (1, 5, 10)]
-                    lines.append(run | {"parameters": 10**5 * (i + 1), "step_ms": 2.5 + i, "curve": curve, "x": "y"})
-    return lines
+    """Lines as a study leaves them: four kinds of kernels, two data sets, two seeds, one set with dropped samples.
+
+    Mean read-out is better on held-out data, and the reference's settings on the test part, which has no say.
+    """
+    lines: list[dict[str, object]] = []
+    for i, kernel in enumerate(("fixed", "points", "mlp", "something new")):
+        run = {"kernel": kernel, "parameters": 10**5 * (i + 1), "command": "study --device cuda", "x": {}}
+        for data, shares in (("gunpoint", (0,)), ("japanese-vowels", (0, 30, 70))):
+            lines.append(run | {"stage": "time", "data": data, "option": "", "step_ms": 2.5 + i, "alone": True})
+            for option, validation in (("", 80.0), ("mean", 90.0)):
+                for seed in (0, 1):
+                    one = run | {"data": data, "option": option, "seed": seed}
+                    curve = [[1, 2.0, None], [5, 1.0, validation - 20], [10, 0.5, validation + seed]]
+                    lines.append(one | {"stage": "choose", "validation_top1": validation, "curve": curve})
+                    for dropped in shares:
+                        top1 = 95.0 - i + 2 * seed - dropped / 10 - (0 if option else -2)
+                        name = f"{data}-{dropped}" if dropped else data
+                        final = {"stage": "final", "data": name, "recipe": {"dropped": dropped}, "step_ms": 99.0}
+                        lines.append(one | final | {"test": {"top1": top1, "correct": 1, "total": 2}})
+    return [*lines, {"job": "x", "error": "out of memory", "stage": "final", "data": "lost", "kernel": "points"}]
 
 
 def write_lines(path: Path, lines: list[dict[str, object]]) -> Path:
@@ -147,27 +156,45 @@ def test_labels_of_close_places_do_not_overlap() -> None:
 def test_a_study_is_read_with_what_each_line_has(tmp_path: Path) -> None:
     lines = [
         {"command": "a"},
-        {"data": "d", "variant": "points", "curve": [50, None, 70], "test": None, "unknown": {}},
-        {"data": "d", "variant": "grid", "seed": 3, "dropped": 30, "test": 91, "parameters": 1000.0, "step_ms": "2.5"},
-        {"note": "no run"},
-        {"command": "a"},
+        {"stage": "choose", "data": "d", "kernel": "points", "option": None, "curve": [[1, 2.0, None], [2, 1.0, 70]]},
+        {"stage": "final", "data": "d-30", "kernel": "fixed", "option": "mean", "seed": 3, "test": {"top1": 91}},
+        {"note": "no run", "command": "a"},
     ]
-    study = read_study(write_lines(tmp_path / "study.jsonl", lines))
+    lines[2] |= {"recipe": {"dropped": 30}, "parameters": 1000.0, "step_ms": "2.5", "alone": False, "unknown": {}}
+    path = write_lines(tmp_path / "study.jsonl", lines)
+    path.write_text(path.read_text() + '{"stage": "final", "da')
+    study = read_study(path)
     assert study is not None and study.commands == ("a",)
     assert study.runs == (
-        StudyRun("d", "points", curve=((1.0, 50.0), (3.0, 70.0))),
-        StudyRun("d", "grid", 3, 30.0, test=91.0, parameters=1000, step_ms=2.5),
+        StudyRun("choose", "d", "points", curve=((2.0, 70.0),)),
+        StudyRun("final", "d", "fixed", "mean", 3, 30.0, test=91.0, parameters=1000, step_ms=2.5, alone=False),
     )
     assert read_study(tmp_path / "absent.jsonl") is None
-    assert read_study(write_lines(tmp_path / "empty.jsonl", lines[:1])) is None
+    assert read_study(write_lines(tmp_path / "no_final.jsonl", lines[:2])) is None
 
 
-@pytest.mark.parametrize("line", ['{"data": "d", "variant": "v", "test": "high"}', "[1]", "{", '{"data": 1, "variant'])
-def test_a_study_that_cannot_be_read_names_the_line(line: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ['"test": {"top1": "high"}', '"test": 91', '"seed": NaN', '"curve": [1, 2]'])
+def test_a_study_with_a_value_of_another_kind_names_the_line(value: str, tmp_path: Path) -> None:
     path = tmp_path / "study.jsonl"
-    path.write_text(f'{{"command": "x"}}\n{line}\n', encoding="utf-8")
+    path.write_text(
+        f'{{"command": "x"}}\n{{"stage": "final", "data": "d", "kernel": "k", {value}}}\n', encoding="utf-8"
+    )
     with pytest.raises(ValueError, match=r"study\.jsonl, line 2"):
         read_study(path)
+
+
+def test_settings_are_chosen_by_held_out_data_alone(tmp_path: Path) -> None:
+    study = read_study(write_lines(tmp_path / "study.jsonl", made_study()))
+    assert study is not None and ("lost", 0.0) not in study.sets
+    assert {run.option for run in study.chosen("gunpoint", 0, "points")} == {"mean"}
+    # Dropped samples go with what was chosen on the complete data.
+    assert [run.test for run in study.chosen("japanese-vowels", 30, "points")] == [91.0, 93.0]
+    # Without final runs of the best settings, and without any choice, it is the reference's.
+    lines = made_study()
+    without = [line for line in lines if (line.get("stage"), line.get("option")) != ("final", "mean")]
+    for left in (without, [line for line in lines if line.get("stage") != "choose"]):
+        study = read_study(write_lines(tmp_path / "study.jsonl", left))
+        assert study is not None and {run.option for run in study.chosen("gunpoint", 0, "mlp")} == {""}
 
 
 def test_the_logs_of_shipped_checkpoints_are_read_and_others_are_not(tmp_path: Path) -> None:
@@ -358,23 +385,28 @@ def test_the_study_is_shown_where_it_is_and_said_to_be_missing_where_it_is_not(t
     write_lines(path, made_study())
     study = read_study(path)
     assert study is not None
-    table = study_table(study)
-    assert table.header == ("data", "points that move", "fixed grid", "kernel made by an MLP", "something new")
-    assert table.rows[0] == ("GunPoint", *(f"{v:.2f} ± 1.41 (2)" for v in (95.0, 96.0, 94.0, 93.0)))
-    assert table.rows[2][0] == "JapaneseVowels, 30 % dropped" and table.rows[2][1] == "92.00 ± 1.41 (2)"
+    chosen, reference, settings = study_tables(study)
+    assert chosen.header == ("data", "points that move", "fixed grid", "made by an MLP", "something new")
+    assert chosen.rows[0] == ("gunpoint", *(f"{v:.2f} ± 1.41 (2)" for v in (95.0, 96.0, 94.0, 93.0)))
+    assert chosen.rows[2][:2] == ("japanese-vowels, 30 % dropped", "92.00 ± 1.41 (2)")
+    assert reference.rows[0][1] == "97.00 ± 1.41 (2)" and settings.rows[0] == ("gunpoint", *["mean"] * 4)
     found = {figure.id: figure for figure in study_figures(study)}
-    assert {name: len(figure.drawings) for name, figure in found.items()} == {
-        "study-size": 2,
-        "study-time": 2,
-        "study-curves": 2,
-    }
+    panels = {name: len(figure.drawings) for name, figure in found.items()}
+    assert panels == {"study-size": 2, "study-time": 2, "study-way": 2}
+    assert "points that move 95.00 % at 3.50 ms" in found["study-time"].drawings[0].description
     dropped = dropped_figure(study)
     assert dropped is not None and len(dropped.drawings) == 1
     assert "points that move at 70 % 88.0 %" in dropped.drawings[0].description
-    looks = [figure.legend for figure in (*found.values(), dropped)]
+    looks = [figure.legend for figure in (found["study-size"], found["study-time"], dropped)]
     assert all(look == looks[0] for look in looks) and len({(c, s) for _, c, s in looks[0]}) == 4
     section = log_sections(tmp_path)["study"]
-    assert [part.id for part in section.parts] == ["study-table", *found, "dropped"]
+    assert {part.id for part in section.parts} == {
+        *found,
+        "study-chosen",
+        "study-reference",
+        "study-settings",
+        dropped.id,
+    }
     assert "study --device cuda" in render_section(section, Links(tmp_path, tmp_path / "report.html"))
 
 

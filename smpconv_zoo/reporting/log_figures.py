@@ -15,7 +15,6 @@ from smpconv_zoo.reporting.logs import (
     RESULTS,
     Record,
     Study,
-    StudyRun,
     read_record,
     read_resolution,
     read_search,
@@ -32,7 +31,7 @@ __all__ = [
     "speed_figure",
     "speed_tables",
     "study_figures",
-    "study_table",
+    "study_tables",
     "training_figure",
     "wilson_interval",
 ]
@@ -40,12 +39,13 @@ __all__ = [
 STUDY = f"{RESULTS}/study.jsonl"
 
 # How each kind of kernel is drawn in every figure of the study; kinds unknown here follow.
-VARIANTS = {
+KERNELS = {
     "points": ("points that move", "first", "circle"),
-    "grid": ("fixed grid", "second", "square"),
-    "mlp": ("kernel made by an MLP", "third", "triangle"),
+    "fixed": ("fixed grid", "second", "square"),
+    "short": ("short fixed grid", "fourth", "diamond"),
+    "mlp": ("made by an MLP", "third", "triangle"),
 }
-_FURTHER = (("fourth", "diamond"), ("plain", "circle"), ("wrong", "square"), ("ink", "triangle"))
+_FURTHER = (("plain", "circle"), ("wrong", "square"), ("ink", "triangle"))
 
 
 def checkpoint_table(cards: Sequence[CheckpointCard]) -> Table:
@@ -65,7 +65,7 @@ def checkpoint_table(cards: Sequence[CheckpointCard]) -> Table:
         "checkpoints",
         "Checkpoints",
         "Top-1 accuracy in percent. The two columns of figures do not compare: the authors' are of the data named, as "
-        "they publish them; ours are of a split of 5,000 real digits, a thousand of them to test on, once.",
+        "they publish them; ours are of small sets out of Python packages.",
         ("checkpoint", "data", "parameters", "paper", "measured", "weights"),
         rows,
         (Source("weights/README.md", "python -m smpconv_zoo.evaluation.tables --page"),),
@@ -242,137 +242,211 @@ def _resolution_panel(name: str, results: Sequence[ResolutionResult], looks: dic
     return panel.drawn(f"Accuracy of {name} against the size of the input, trained at {trained}: {said}.")
 
 
-def study_table(study: Study) -> Table:
-    """Test accuracy of every kind of kernel on every data set, mean and deviation over seeds."""
-    variants = _looks(study)
-    rows = []
-    for data, dropped in dict.fromkeys((run.data, run.dropped) for run in study.runs):
-        own = [run for run in study.runs if (run.data, run.dropped) == (data, dropped)]
-        cells = [_figure([r.test for r in own if r.variant == variant]) for variant in variants]
-        rows.append((data if not dropped else f"{data}, {dropped:g} % dropped", *cells))
-    return Table(
-        "study-table",
-        "Accuracy",
-        "Test top-1 in percent: mean ± standard deviation (seeds). Every network of a row has the same blocks, data, "
-        "schedule and choice by validation; only its large kernels differ.",
-        ("data", *(name for name, _, _ in variants.values())),
-        tuple(rows),
-        _study_sources(study),
-    )
+def study_tables(study: Study) -> list[Table]:
+    """Test accuracy of every kind of kernel on every data set: with chosen settings, the reference's, and which."""
+    looks = _looks(study)
+
+    def rows(cell: Callable[[str, float, str], str]) -> tuple[tuple[str, ...], ...]:
+        found = [
+            (data if not dropped else f"{data}, {dropped:g} % dropped", *(cell(data, dropped, k) for k in looks))
+            for data, dropped in study.sets
+        ]
+        return tuple(row for row in found if any(row[1:]))
+
+    def chosen(data: str, dropped: float, kernel: str) -> str:
+        return _mean([run.test for run in study.chosen(data, dropped, kernel)])
+
+    def reference(data: str, dropped: float, kernel: str) -> str:
+        return _mean([run.test for run in study.final(data, dropped, kernel) if not run.option])
+
+    def settings(data: str, dropped: float, kernel: str) -> str:
+        runs = study.chosen(data, dropped, kernel)
+        return (runs[0].option or "reference") if runs else ""
+
+    header = ("data", *(name for name, _, _ in looks.values()))
+    sources = _study_sources(study)
+    tables = [
+        Table(
+            "study-chosen",
+            "Accuracy",
+            "Test top-1 in percent, mean ± standard deviation (seeds). The networks of a row differ in their large "
+            "kernels alone, and in settings: each kind has those that did best on held-out training data.",
+            header,
+            rows(chosen),
+            sources,
+        ),
+        Table(
+            "study-reference",
+            "The same with the reference's settings",
+            "Nothing chosen: read-out at the last step, points about one tap wide.",
+            header,
+            rows(reference),
+            sources,
+            folded=True,
+        ),
+        Table(
+            "study-settings",
+            "What was chosen",
+            "Settings on top of the reference's: mean read-out, wider radii, wider spread of the first points, "
+            "augmentation.",
+            header,
+            rows(settings),
+            sources,
+            words=tuple(range(len(header))),
+            folded=True,
+        ),
+    ]
+    return [table for table in tables if table.rows]
 
 
 def study_figures(study: Study) -> list[Figure]:
     """Accuracy of every kind of kernel against parameters and against the time of a step, and the way there."""
-    figures = []
-    complete = [run for run in study.runs if not run.dropped]
-    for id_, title, label, value, caption in (
-        (
+    size, time, way = _size_panels(study), _time_panels(study), _way_panels(study)
+    sources, legend = _study_sources(study), tuple(_looks(study).values())
+    found = [
+        Figure(
             "study-size",
             "Accuracy and size",
-            "parameters",
-            lambda run: run.parameters,
-            "One panel a data set. Small marks are seeds, large ones their mean: higher and further left is better.",
+            "Small marks are seeds, large ones their mean; higher and further left is better.",
+            tuple(size),
+            sources,
+            legend,
         ),
-        (
+        Figure(
             "study-time",
             "Accuracy and time",
-            "ms of a training step",
-            lambda run: run.step_ms,
-            "The same accuracies against the time of a training step.",
+            "The same means, bars a standard deviation, against the time of a training step with the reference's "
+            "settings, one run at a time.",
+            tuple(time),
+            sources,
+            legend,
         ),
-    ):
-        drawings = tuple(_trade_panels(study, complete, label, value))
-        if drawings:
-            figures.append(Figure(id_, title, caption, drawings, _study_sources(study), _study_legend(study)))
-    curves = tuple(_curve_panels(study, complete))
-    if curves:
-        caption = "Validation accuracy, mean over seeds, with the range of seeds behind it."
-        figures.append(
-            Figure("study-curves", "On the way", caption, curves, _study_sources(study), _study_legend(study), True)
-        )
-    return figures
+        Figure(
+            "study-way",
+            "On the way",
+            "Validation accuracy of the runs that the chosen settings were chosen by: mean, and range behind it.",
+            tuple(way),
+            sources,
+            tuple((words, colour, None) for words, colour, _ in legend),
+            folded=True,
+        ),
+    ]
+    return [figure for figure in found if figure.drawings]
 
 
-def _trade_panels(
-    study: Study, runs: Sequence[StudyRun], label: str, value: Callable[[StudyRun], float | None]
-) -> Iterable[Drawing]:
-    for data in dict.fromkeys(run.data for run in runs):
-        own = [(run, at, run.test) for run in runs if run.data == data and run.test is not None and (at := value(run))]
-        if not own:
+def _size_panels(study: Study) -> Iterable[Drawing]:
+    for data in (data for data, dropped in study.sets if not dropped):
+        runs = {kernel: study.chosen(data, 0, kernel) for kernel in _looks(study)}
+        places = {
+            kernel: [(run.parameters, run.test) for run in own if run.parameters and run.test is not None]
+            for kernel, own in runs.items()
+        }
+        every = [place for own in places.values() for place in own]
+        if not every:
             continue
-        axis = Axis(label, *spread([at for _, at, _ in own], log=True, room=0.25), log=True)
-        panel = Panel(data, axis, Axis("test top-1, %", *spread([top1 for _, _, top1 in own])))
+        x_axis = Axis("parameters", *spread([float(x) for x, _ in every], log=True, room=0.25), log=True)
+        panel = Panel(data, x_axis, Axis("test top-1, %", *spread([top1 for _, top1 in every])))
         said = []
-        for variant, (name, colour, shape) in _looks(study).items():
-            mine = [(at, top1) for run, at, top1 in own if run.variant == variant]
-            if not mine:
-                continue
-            middle = summarize([at for at, _ in mine]).mean, summarize([top1 for _, top1 in mine])
-            panel.dots(mine, colour, 5, shape, opacity=0.45)
-            title = f"{name}: {_figure([top1 for _, top1 in mine])} at {short_number(middle[0])}"
-            panel.dots([(middle[0], middle[1].mean)], colour, 10, shape, title=title)
-            said.append(title)
-        yield panel.drawn(f"Test accuracy on {data} against {label}: {'; '.join(said)}.")
+        for kernel, (name, colour, shape) in _looks(study).items():
+            if places[kernel]:
+                middle = summarize([x for x, _ in places[kernel]]).mean
+                told = f"{name} {_mean([top1 for _, top1 in places[kernel]])} at {short_number(middle)}"
+                panel.dots(places[kernel], colour, 5, shape, opacity=0.45)
+                panel.dots([(middle, summarize([y for _, y in places[kernel]]).mean)], colour, 10, shape, title=told)
+                said.append(told)
+        yield panel.drawn(f"Test accuracy on {data} against parameters: {'; '.join(said)}.")
 
 
-def _curve_panels(study: Study, runs: Sequence[StudyRun]) -> Iterable[Drawing]:
-    for data in dict.fromkeys(run.data for run in runs):
-        own = [run for run in runs if run.data == data and run.curve]
-        if not own:
+def _time_panels(study: Study) -> Iterable[Drawing]:
+    for data in (data for data, dropped in study.sets if not dropped):
+        found = []
+        for kernel, look in _looks(study).items():
+            timed = [
+                run.step_ms
+                for run in study.runs
+                if (run.stage, run.data, run.dropped, run.kernel) == ("time", data, 0, kernel) and run.alone
+            ]
+            times = [time for time in timed if time]
+            tests = [run.test for run in study.chosen(data, 0, kernel) if run.test is not None]
+            if times and tests:
+                found.append((look, summarize(times).mean, summarize(tests)))
+        if not found:
             continue
-        values = [value for run in own for _, value in run.curve]
-        longest = max(run.curve[-1][0] for run in own)
-        panel = Panel(data, Axis("epoch", 0, longest), Axis("validation top-1, %", *spread(values, room=0.04)))
-        ends = []
-        for variant, (name, colour, _) in _looks(study).items():
+        ends = [summary.mean + sign * summary.deviation for _, _, summary in found for sign in (-1, 1)]
+        x_axis = Axis("ms of a training step", *spread([time for _, time, _ in found], log=True, room=0.3), log=True)
+        panel = Panel(data, x_axis, Axis("test top-1, %", *spread(ends)))
+        said = []
+        for (name, colour, shape), time, summary in found:
+            told = f"{name} {summary.mean:.2f} % at {time:.2f} ms"
+            panel.whisker(time, summary.mean - summary.deviation, summary.mean + summary.deviation, colour)
+            panel.dots([(time, summary.mean)], colour, 10, shape, title=told)
+            said.append(told)
+        yield panel.drawn(f"Test accuracy on {data} against the time of a step: {'; '.join(said)}.")
+
+
+def _way_panels(study: Study) -> Iterable[Drawing]:
+    for data in (data for data, dropped in study.sets if not dropped):
+        found = []
+        for kernel, look in _looks(study).items():
+            option = next((run.option for run in study.chosen(data, 0, kernel)), None)
             at: dict[float, list[float]] = {}
-            for run in own:
-                for epoch, value in run.curve if run.variant == variant else ():
-                    at.setdefault(epoch, []).append(value)
+            for run in study.runs:
+                if (run.stage, run.data, run.dropped, run.kernel, run.option) == ("choose", data, 0, kernel, option):
+                    for epoch, value in run.curve:
+                        at.setdefault(epoch, []).append(value)
             if at:
-                panel.band([(epoch, min(values), max(values)) for epoch, values in sorted(at.items())], colour)
-                panel.line([(epoch, summarize(values).mean) for epoch, values in sorted(at.items())], colour)
-                ends.append(f"{name} {summarize(at[max(at)]).mean:.1f} %")
+                found.append((look, sorted(at.items())))
+        if not found:
+            continue
+        every = [value for _, points in found for _, values in points for value in values]
+        longest = max(points[-1][0] for _, points in found)
+        panel = Panel(data, Axis("epoch", 0, longest), Axis("validation top-1, %", *spread(every, room=0.04)))
+        ends = []
+        for (name, colour, _), points in found:
+            panel.band([(epoch, min(values), max(values)) for epoch, values in points], colour)
+            panel.line([(epoch, summarize(values).mean) for epoch, values in points], colour)
+            ends.append(f"{name} {summarize(points[-1][1]).mean:.1f} %")
         yield panel.drawn(f"Validation accuracy on {data}, epoch by epoch; at the end {', '.join(ends)}.")
 
 
 def dropped_figure(study: Study) -> Figure | None:
     """Accuracy against the share of samples left out; None where the study has no such runs."""
     drawings = []
-    for data in dict.fromkeys(run.data for run in study.runs if run.dropped):
-        own = [run for run in study.runs if run.data == data and run.test is not None]
-        if not own:
-            continue
-        shares = sorted({run.dropped for run in own})
-        x = Axis("samples left out, %", *spread(shares, room=0.06), ticks=tuple(shares))
-        panel = Panel(data, x, Axis("test top-1, %", *spread([run.test for run in own if run.test is not None])))
-        said = []
-        for variant, (name, colour, shape) in _looks(study).items():
-            found = [
-                (share, summarize(values))
+    for data in dict.fromkeys(data for data, dropped in study.sets if dropped):
+        shares = sorted(dropped for name, dropped in study.sets if name == data)
+        found = {
+            kernel: [
+                (share, summarize(tests))
                 for share in shares
-                if (values := [r.test for r in own if r.variant == variant and r.dropped == share and r.test])
+                if (tests := [run.test for run in study.chosen(data, share, kernel) if run.test is not None])
             ]
-            panel.line([(share, summary.mean) for share, summary in found], colour)
-            for share, summary in found:
+            for kernel in _looks(study)
+        }
+        ends = [s.mean + sign * s.deviation for own in found.values() for _, s in own for sign in (-1, 1)]
+        x_axis = Axis("samples left out, %", *spread(shares, room=0.06), ticks=tuple(shares))
+        panel = Panel(data, x_axis, Axis("test top-1, %", *spread(ends)))
+        said = []
+        for kernel, (name, colour, shape) in _looks(study).items():
+            panel.line([(share, summary.mean) for share, summary in found[kernel]], colour)
+            for share, summary in found[kernel]:
                 panel.whisker(share, summary.mean - summary.deviation, summary.mean + summary.deviation, colour)
-            panel.dots([(share, summary.mean) for share, summary in found], colour, 8, shape)
-            said += [f"{name} at {share:g} % {summary.mean:.1f} %" for share, summary in found]
+            panel.dots([(share, summary.mean) for share, summary in found[kernel]], colour, 8, shape)
+            said += [f"{name} at {share:g} % {summary.mean:.1f} %" for share, summary in found[kernel]]
         drawings.append(panel.drawn(f"Test accuracy on {data} against the samples left out: {'; '.join(said)}."))
     if not drawings:
         return None
     return Figure(
-        "dropped",
+        "study-dropped",
         "Dropped samples",
-        "So many samples of every sequence are left out, and the network is told which. Marks are means over seeds, "
+        "So many samples of every sequence are left out, and one more channel says which. Marks are means over seeds, "
         "bars a standard deviation.",
         tuple(drawings),
         _study_sources(study),
-        _study_legend(study),
+        tuple(_looks(study).values()),
     )
 
 
-def _figure(values: Sequence[float | None]) -> str:
+def _mean(values: Sequence[float | None]) -> str:
     there = [value for value in values if value is not None]
     if not there:
         return ""
@@ -383,14 +457,9 @@ def _figure(values: Sequence[float | None]) -> str:
 
 def _looks(study: Study) -> dict[str, tuple[str, str, str]]:
     """Of every kind of kernel in the study its name, colour and shape: known kinds first, in their order."""
-    there = dict.fromkeys(run.variant for run in study.runs)
-    further = [variant for variant in there if variant not in VARIANTS]
-    found = {variant: look for variant, look in VARIANTS.items() if variant in there}
-    return found | {variant: (variant, *_FURTHER[i % len(_FURTHER)]) for i, variant in enumerate(further)}
-
-
-def _study_legend(study: Study) -> tuple[tuple[str, str, str | None], ...]:
-    return tuple(_looks(study).values())
+    further = [kernel for kernel in study.kernels if kernel not in KERNELS]
+    found = {kernel: look for kernel, look in KERNELS.items() if kernel in study.kernels}
+    return found | {kernel: (kernel, *_FURTHER[i % len(_FURTHER)]) for i, kernel in enumerate(further)}
 
 
 def _study_sources(study: Study) -> tuple[Source, ...]:

@@ -134,22 +134,27 @@ def read_record(root: Path, name: str) -> Record | None:
 
 @dataclasses.dataclass(frozen=True)
 class StudyRun:
-    """One training run of the study.
+    """One run of the study.
 
-    ``data`` names what was learned, ``variant`` the kind of kernel (``points``, ``grid``, ``mlp``, ...). ``dropped`` is
-    the percentage of samples left out of every sequence. ``validation`` and ``test`` are top-1 in percent, ``step_ms``
-    the milliseconds of a training step, ``curve`` the validation top-1 of epochs (epoch, percent). What a run has not
-    is None, or empty.
+    ``stage`` is ``choose`` (measured on a part of the training data), ``final`` (on the test part, once) or ``time``.
+    ``data`` names what was learned, without the percentage ``dropped`` of samples left out; ``kernel`` is the kind of
+    kernel, ``option`` its settings, empty for the reference's. ``validation`` and ``test`` are top-1 in percent,
+    ``loss`` is that of the validation, ``step_ms`` the milliseconds of a training step, with nothing else running if
+    ``alone``; ``curve`` is the validation top-1 of epochs. What a run has not is None, or empty.
     """
 
+    stage: str
     data: str
-    variant: str
+    kernel: str
+    option: str = ""
     seed: int = 0
     dropped: float = 0.0
     validation: float | None = None
+    loss: float | None = None
     test: float | None = None
     parameters: int | None = None
     step_ms: float | None = None
+    alone: bool = True
     curve: Curve = ()
 
 
@@ -160,46 +165,96 @@ class Study:
     commands: tuple[str, ...]
     runs: tuple[StudyRun, ...]
 
+    def chosen(self, data: str, dropped: float, kernel: str) -> tuple[StudyRun, ...]:
+        """Final runs with the settings that are best on held-out training data; the test part has no say.
+
+        Of equal settings that of lower loss; data with dropped samples take those of the complete data unless they
+        have runs of their own to choose by. Where nothing was chosen, or the chosen settings have no final run yet,
+        it is the reference's settings, or the only ones there are.
+        """
+        final = self.final(data, dropped, kernel)
+        options = list(dict.fromkeys(run.option for run in final))
+        scores: dict[str, tuple[float, float]] = {}
+        for share in (dropped, 0.0):
+            tried = [r for r in self.runs if (r.stage, r.data, r.dropped, r.kernel) == ("choose", data, share, kernel)]
+            for option in dict.fromkeys(run.option for run in tried):
+                own = [run for run in tried if run.option == option and run.validation is not None]
+                if own:
+                    loss = statistics.fmean(run.loss or 0.0 for run in own)
+                    scores[option] = (statistics.fmean(run.validation or 0.0 for run in own), -loss)
+            if scores:
+                break
+        best = max(scores, key=lambda option: scores[option]) if scores else ""
+        if best not in options:
+            best = options[0] if len(options) == 1 else ""
+        return tuple(run for run in final if run.option == best)
+
+    def final(self, data: str, dropped: float, kernel: str) -> tuple[StudyRun, ...]:
+        """Runs with a figure of the test part."""
+        return tuple(
+            run
+            for run in self.runs
+            if (run.stage, run.data, run.dropped, run.kernel) == ("final", data, dropped, kernel)
+            and run.test is not None
+        )
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Kinds of kernels with final runs."""
+        return tuple(dict.fromkeys(run.kernel for run in self.runs if run.stage == "final"))
+
+    @property
+    def sets(self) -> tuple[tuple[str, float], ...]:
+        """Data with final runs, with the percentage of samples left out."""
+        return tuple(dict.fromkeys((run.data, run.dropped) for run in self.runs if run.stage == "final"))
+
 
 def read_study(path: Path) -> Study | None:
-    """The study of kernels, ``eval/results/study.jsonl``; None where there is no such file.
+    """The study of kernels, as ``eval/study.py`` logs it; None where there is no such file, or no final run in it.
 
-    A line is a JSON object. One with ``data`` and ``variant`` is a run, see :class:`StudyRun`: its other keys are
-    ``seed``, ``dropped``, ``validation``, ``test``, ``parameters``, ``step_ms`` and ``curve``, any of which may be
-    missing or null. ``curve`` is a list of percentages, one an epoch, or of pairs (epoch, percentage). A ``command``
-    in any line is kept. Other keys and lines are passed over.
+    A line is a JSON object. One with ``stage``, ``data`` and ``kernel`` is a run; its other keys, any of which may be
+    missing or null, are ``option``, ``seed``, ``parameters``, ``step_ms``, ``alone``, ``validation_top1`` (percent),
+    ``validation_loss``, ``test`` (an object with ``top1``, in percent), ``curve`` (a list of [epoch, training loss,
+    validation top-1 or null]) and ``recipe`` (an object; ``dropped`` is the percentage of samples left out). The name
+    of data may end in ``-`` and that percentage. A ``command`` in any line is kept. Other keys and lines, those with an
+    ``error``, and those cut off when a process died are passed over.
 
     Raises:
-        ValueError: A line is not a JSON object, or a value is not of its kind; the message names the line.
+        ValueError: A value is not of its kind; the message names the line.
     """
     if not path.is_file():
         return None
     commands: list[str] = []
     runs: list[StudyRun] = []
-    for number, line in enumerate(_json_lines(path), 1):
+    for number, line in enumerate(_json_lines(path, cut_off=True), 1):
         try:
             if "command" in line and str(line["command"]) not in commands:
                 commands.append(str(line["command"]))
-            if "data" in line and "variant" in line:
+            if {"stage", "data", "kernel"} <= line.keys() and "error" not in line:
                 runs.append(_study_run(line))
-        except (TypeError, ValueError) as error:
+        except (AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"{path.name}, line {number}: {error}") from error
-    return Study(tuple(commands), tuple(runs)) if runs else None
+    study = Study(tuple(commands), tuple(runs))
+    return study if study.sets else None
 
 
 def _study_run(line: dict[str, Any]) -> StudyRun:
-    points = [point if isinstance(point, list) else [i, point] for i, point in enumerate(line.get("curve") or [], 1)]
     parameters = _number(line, "parameters")
+    dropped = _number(line.get("recipe") or {}, "dropped") or 0.0
     return StudyRun(
-        data=str(line["data"]),
-        variant=str(line["variant"]),
+        stage=str(line["stage"]),
+        data=str(line["data"]).removesuffix(f"-{dropped:g}"),
+        kernel=str(line["kernel"]),
+        option=str(line.get("option") or ""),
         seed=int(_number(line, "seed") or 0),
-        dropped=_number(line, "dropped") or 0.0,
-        validation=_number(line, "validation"),
-        test=_number(line, "test"),
+        dropped=dropped,
+        validation=_number(line, "validation_top1"),
+        loss=_number(line, "validation_loss"),
+        test=_number(line.get("test") or {}, "top1"),
         parameters=None if parameters is None else int(parameters),
         step_ms=_number(line, "step_ms"),
-        curve=tuple((float(epoch), float(value)) for epoch, value in points if value is not None),
+        alone=bool(line.get("alone", True)),
+        curve=tuple((float(epoch), float(top1)) for epoch, _, top1 in line.get("curve") or () if top1 is not None),
     )
 
 
@@ -227,14 +282,16 @@ def summarize(values: Sequence[float]) -> Summary:
     return Summary(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
+def _json_lines(path: Path, cut_off: bool = False) -> list[dict[str, Any]]:
+    """The lines of a log; what is no JSON becomes an empty one if lines may be cut off."""
+    lines: list[dict[str, Any]] = []
     for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not text.strip():
-            continue
         try:
-            line = json.loads(text)
+            line = json.loads(text or "{}")
         except json.JSONDecodeError as error:
+            if cut_off:
+                lines.append({})
+                continue
             raise ValueError(f"{path.name}, line {number} is not JSON: {error}") from error
         if not isinstance(line, dict):
             raise ValueError(f"{path.name}, line {number} is not a JSON object")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.test_sets import open_test_set
 from smpconv_zoo.files import write_whole
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
+from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.reporting.drawing import drawings_to_png
 from smpconv_zoo.reporting.figure import Figure, form_look
 from smpconv_zoo.reporting.log_figures import (
@@ -27,7 +29,7 @@ from smpconv_zoo.reporting.log_figures import (
     speed_figure,
     speed_tables,
     study_figures,
-    study_table,
+    study_tables,
     training_figure,
 )
 from smpconv_zoo.reporting.logs import find_clone, read_study
@@ -35,7 +37,7 @@ from smpconv_zoo.reporting.network_figures import Look, Samples, confusion_figur
 from smpconv_zoo.reporting.page import Links, Section, Tile, render_page
 from smpconv_zoo.reporting.start import recreate_start
 from smpconv_zoo.training.arrays import load_parts, pixels_as_input
-from smpconv_zoo.training.recipe import SequenceRecipe, list_recipes, load_recipe
+from smpconv_zoo.training.recipe import ImageRecipe, SequenceRecipe, list_recipes, load_recipe
 
 __all__ = ["Written", "log_sections", "look_at", "network_sections", "write_report_page"]
 
@@ -47,6 +49,8 @@ LEAD = (
 
 # Validation samples for a receptive field, at most.
 SAMPLES = 500
+# Figures in the head of the page, at most.
+TILES = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +171,12 @@ def _study_section(root: Path) -> Section:
             f"{STUDY} yet.",
         )
     dropped = dropped_figure(study)
-    parts = (study_table(study), *study_figures(study), *(() if dropped is None else (dropped,)))
+    parts = (
+        *study_tables(study)[:1],
+        *study_figures(study),
+        *(() if dropped is None else (dropped,)),
+        *study_tables(study)[1:],
+    )
     return Section(
         "study",
         title,
@@ -184,7 +193,7 @@ def look_at(card: CheckpointCard, batch_size: int = 100) -> Look:
         ImportError: A package with data is not installed.
     """
     model = load_pretrained(card).requires_grad_(False)
-    recipe = load_recipe(card.id) if card.id in list_recipes() else None
+    recipe = _recipe_of(card)
     return Look(
         card=card,
         model=model,
@@ -192,6 +201,16 @@ def look_at(card: CheckpointCard, batch_size: int = 100) -> Look:
         samples=_validation_samples(recipe) if isinstance(recipe, SequenceRecipe) else None,
         result=evaluate_checkpoint(card.id, batch_size=batch_size),
     )
+
+
+def _recipe_of(card: CheckpointCard) -> SequenceRecipe | ImageRecipe | None:
+    """By what a checkpoint was trained: the recipe of its name, or the one in its weights; None for neither."""
+    if card.id in list_recipes():
+        return load_recipe(card.id)
+    try:
+        return SequenceRecipe(**json.loads(load_weights(card).metadata["recipe"]))
+    except (KeyError, TypeError, ValueError):
+        return None
 
 
 def _validation_samples(recipe: SequenceRecipe) -> Samples | None:
@@ -209,7 +228,7 @@ def _validation_samples(recipe: SequenceRecipe) -> Samples | None:
 
 def network_sections(looks: list[Look]) -> dict[str, Section]:
     """What is read off the networks themselves, by the ids of the sections."""
-    kernels = tuple(figure for look in looks if (figure := kernel_figure(look)) is not None)
+    kernels = _first_open([figure for look in looks if (figure := kernel_figure(look)) is not None])
     confusion = confusion_figure(looks)
     found = [
         Section(
@@ -223,14 +242,21 @@ def network_sections(looks: list[Look]) -> dict[str, Section]:
             "Receptive fields",
             "How strongly each sample or pixel moves the features at the last step, or at the centre of a picture: the "
             "size of the gradient, averaged over real samples that are not of the test part.",
-            tuple(figure for look in looks if (figure := receptive_figure(look)) is not None),
+            _first_open([figure for look in looks if (figure := receptive_figure(look)) is not None]),
         ),
         Section("confusions", "Confusions", "", () if confusion is None else (confusion,)),
     ]
     return {section.id: section for section in found if section.parts}
 
 
+def _first_open(figures: list[Figure]) -> tuple[Figure, ...]:
+    """Of many figures of one kind, those behind the third are folded."""
+    return tuple(dataclasses.replace(figure, folded=i >= 3) for i, figure in enumerate(figures))
+
+
 def _tiles(cards: list[CheckpointCard]) -> list[Tile]:
+    """Of the checkpoints measured here those with the largest test parts."""
+    measured = sorted(cards, key=lambda card: 0 if card.measured is None else -card.measured.total)
     return [
         Tile(
             f"{card.measured.top1:.2f} %",
@@ -238,7 +264,7 @@ def _tiles(cards: list[CheckpointCard]) -> list[Tile]:
             f"{card.measured.correct:,} of {card.measured.total:,} · {card.parameters:,} parameters",
             card.measured.log,
         )
-        for card in cards
+        for card in measured[:TILES]
         if card.measured is not None
     ]
 
