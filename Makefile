@@ -1,12 +1,18 @@
-# Two commands: `make demo` shows the networks at work, `make test` runs every check. Each sets up its own .venv.
+# `make demo` shows the networks at work, `make test` runs every check, `make report` writes docs/report.html anew.
+# Each sets up its own .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo report test lint clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/smpconv-zoo demo --out demo
+
+# The picture needs Chromium, and is left as it is without one.
+report: $(VENV)/demo.installed
+	$(BIN)/smpconv-zoo report --out docs/report.html
+	-$(BIN)/python eval/photograph.py docs/report.html docs/report.png --only accuracy kernels-smpconv_tcn_mnist-smnist5k
 
 test: lint
 	$(BIN)/python -m pytest

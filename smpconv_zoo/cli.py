@@ -48,6 +48,7 @@ from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.signing import generate_keys, sign_checkpoint, signature_required
 from smpconv_zoo.pretrained.store import CheckpointError
 from smpconv_zoo.publishing import ORGANISATION, Published, publish_checkpoint
+from smpconv_zoo.reporting.report import write_report_page
 from smpconv_zoo.training.engine import EpochLog, Stopped
 from smpconv_zoo.training.finetuning import FREEZES
 from smpconv_zoo.training.finetuning import finetune as finetune_network
@@ -360,6 +361,44 @@ def demo(
     _print_results(results)
     typer.echo(f"report: {report}")
     _exit_on_difference(results)
+
+
+@app.command(epilog="Example: `smpconv-zoo report --out report.html --png figures`, in a clone of the repository")
+def report(
+    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    png: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write every figure as a PNG file.")] = None,
+    repository: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Clone whose logs are shown; the one that holds this package if not given."),
+    ] = None,
+    batch_size: BatchSize = 100,
+    threads: Threads = None,
+    as_json: Json = False,
+) -> None:
+    """Write one HTML page of what was measured: tables, curves, kernels and points, each with its log.
+
+    The shipped checkpoints are measured again, which takes a minute; status 1 if one is not what its card says.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with _progress("checkpoints") as progress:
+        written = write_report_page(out, repository=repository, png=png, batch_size=batch_size, progress=progress)
+    for sentence in written.left_out:
+        typer.echo(f"smpconv-zoo: {sentence}", err=True)
+    if as_json:
+        _print_json(
+            {
+                "page": str(written.page),
+                "pictures": [str(path) for path in written.pictures],
+                "differing": list(written.differing),
+                "left_out": list(written.left_out),
+            }
+        )
+    else:
+        typer.echo(f"report: {written.page} ({written.page.stat().st_size:,} bytes)")
+    if written.differing:
+        typer.echo(f"smpconv-zoo: not equal to the card's figure: {', '.join(written.differing)}", err=True)
+        raise typer.Exit(1)
 
 
 @app.command(
