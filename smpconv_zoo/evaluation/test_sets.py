@@ -1,7 +1,7 @@
 """The test part of the data that a card names, sample by sample, as the network takes it.
 
-Two data sets are always at hand where the extra `data` is installed; the others lie in a folder of the user's. Nothing
-is downloaded unasked.
+The digits of mnist5k are always at hand where the extra `data` is installed; other data lie in a folder of the user's.
+Nothing is downloaded unasked.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from smpconv_zoo.data import pictures
+from smpconv_zoo.data.fetching import Progress as FetchProgress
+from smpconv_zoo.data.fetching import fetch
 from smpconv_zoo.data.mnist5k import mnist5k_images, mnist5k_sequences
 from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
 from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest
@@ -50,7 +52,8 @@ class EvaluationData:
 class _OnDisk:
     """A data set that the user has, or not: ``what`` it is, and ``how`` to get it and what PATH is then.
 
-    ``find`` gives the folder of it in or below the user's, None if it is not there. ``part`` names what is measured on,
+    ``find`` gives the folder of it in or below the user's, None if it is not there. ``source`` is its name in
+    :data:`~smpconv_zoo.data.sources.SOURCES`, None where a login is needed. ``part`` names what is measured on,
     where that is not cut out of the whole; ``samples`` counts it, as the authors have it.
     """
 
@@ -58,7 +61,7 @@ class _OnDisk:
     how: str
     samples: int
     find: Callable[[Path], Path | None]
-    download: Callable[[Path], None] | None = None
+    source: str | None = None
     part: str = ""
 
 
@@ -68,7 +71,7 @@ def open_test_set(card: CheckpointCard, data_dir: Path | None = None, download: 
     Args:
         card: Of any checkpoint of the package.
         data_dir: The user's folder with the data; without it only built-in data are found.
-        download: Whether to fetch data that are not in ``data_dir``, where torchvision can.
+        download: Whether to fetch data that are not in ``data_dir``, where no login is needed.
 
     Raises:
         FileNotFoundError: The data are not there; the message says which are needed and how to get them.
@@ -94,15 +97,24 @@ def open_test_set(card: CheckpointCard, data_dir: Path | None = None, download: 
     return data
 
 
-def find_data_set(name: str, data_dir: Path | None, download: bool, need: str, command: str) -> Path:
+def find_data_set(
+    name: str,
+    data_dir: Path | None,
+    download: bool,
+    need: str,
+    command: str,
+    progress: FetchProgress | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> Path:
     """The folder of a data set in or below the user's.
 
     Args:
         name: As cards call it.
         data_dir: The user's folder.
-        download: Whether to fetch what is not there, where torchvision can.
+        download: Whether to fetch what is not there, where no login is needed.
         need: Who needs what: the beginning of the message if it is not there.
         command: What the user should run then; PATH in it stands for their folder.
+        progress: See :func:`~smpconv_zoo.data.fetching.fetch`, and ``on_note``.
 
     Raises:
         FileNotFoundError: It is not there; the message says how to get it.
@@ -111,8 +123,8 @@ def find_data_set(name: str, data_dir: Path | None, download: bool, need: str, c
     source = _ON_DISK[name]
     data_dir = None if data_dir is None else data_dir.expanduser()
     place = None if data_dir is None else source.find(data_dir)
-    if place is None and data_dir is not None and download and source.download is not None:
-        source.download(data_dir)
+    if place is None and data_dir is not None and download and source.source is not None:
+        fetch(source.source, data_dir, progress=progress, on_note=on_note)
         place = source.find(data_dir)
     if place is None:
         where = "no folder was given (--data-dir or SMPCONV_DATA)" if data_dir is None else f"not found in {data_dir}"
@@ -179,41 +191,47 @@ _ON_DISK = {
         what="ImageNet-1k",
         how="get them from https://image-net.org/download-images (ILSVRC 2012, registration needed), sort them into "
         "one folder a class, named by its WordNet id (n01440764, ...), and run `{command}`, PATH being the folder that "
-        "holds these 1,000, or the one above it if it is called val or validation",
+        "holds these 1,000, or the one above it if it is called val or validation; the commands are named by "
+        "`smpconv-zoo data fetch imagenet-1k`",
         samples=50_000,
         find=_find_imagenet,
     ),
     "MNIST": _OnDisk(
         part="the test part of ",
         what="MNIST",
-        how="run `{command} --download`, by which torchvision fetches it into PATH, or without --download if PATH "
-        "holds MNIST/raw with the four files unpacked",
+        how="run `{command} --download`, which fetches it into PATH (or `smpconv-zoo data fetch mnist`), or without "
+        "--download if PATH holds MNIST/raw with the four files unpacked",
         samples=10_000,
         find=lambda folder: folder if pictures.has_mnist(folder) else None,
-        download=pictures.download_mnist,
+        source="mnist",
     ),
     "CIFAR-10": _OnDisk(
         part="the test part of ",
         what="CIFAR-10",
-        how="run `{command} --download`, by which torchvision fetches it into PATH, or without --download if PATH "
-        "holds the unpacked cifar-10-batches-py of https://www.cs.toronto.edu/~kriz/cifar.html",
+        how="run `{command} --download`, which fetches it into PATH (or `smpconv-zoo data fetch cifar10`), or without "
+        "--download if PATH holds the unpacked cifar-10-batches-py of https://www.cs.toronto.edu/~kriz/cifar.html",
         samples=10_000,
         find=lambda folder: folder if pictures.has_cifar10(folder) else None,
-        download=pictures.download_cifar10,
+        source="cifar10",
     ),
     "CharacterTrajectories": _OnDisk(
         what="CharacterTrajectories, of which both files are merged and split anew",
-        how="unpack http://www.timeseriesclassification.com/aeon-toolkit/Archives/Multivariate2018_ts.zip and run "
-        "`{command}`, PATH being the folder with CharacterTrajectories_TRAIN.ts and CharacterTrajectories_TEST.ts, or "
+        how="run `{command} --download`, which fetches it into PATH (or `smpconv-zoo data fetch "
+        "character-trajectories`), or unpack "
+        "https://www.timeseriesclassification.com/aeon-toolkit/Archives/Multivariate2018_ts.zip and run it without "
+        "--download, PATH being the folder with CharacterTrajectories_TRAIN.ts and CharacterTrajectories_TEST.ts, or "
         "the one above it or above Multivariate_ts",
         samples=429,
+        source="character-trajectories",
         find=_find_trajectories,
     ),
     "Speech Commands, 10 words": _OnDisk(
         what="ten words of Speech Commands v0.02",
-        how="unpack http://download.tensorflow.org/data/speech_commands_v0.02.tar.gz into a folder and run "
-        "`{command}`, PATH being that folder",
+        how="run `{command} --download`, which fetches it into PATH (or `smpconv-zoo data fetch speech-commands`), or "
+        "unpack https://storage.googleapis.com/download.tensorflow.org/data/speech_commands_v0.02.tar.gz into a folder "
+        "and run it without --download, PATH being that folder",
         samples=5_247,
+        source="speech-commands",
         find=_find_speech,
     ),
 }
