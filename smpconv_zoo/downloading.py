@@ -13,6 +13,7 @@ import dataclasses
 import email.utils
 import errno
 import http.client
+import io
 import json
 import os
 import re
@@ -24,7 +25,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from smpconv_zoo._version import __version__
 from smpconv_zoo.files import sha256_of_file, write_whole
@@ -221,7 +222,7 @@ class _Job:
             total = self._accept(response, url, have, known)
             if response.status != 206:
                 have = 0
-            with open(self.part, "ab" if have else "wb") as file:
+            with open(self.part, "ab" if have else "wb", buffering=0) as file:
                 while block := _read(response):
                     have += len(block)
                     if have > min(self.most, self.size or self.most):
@@ -229,7 +230,6 @@ class _Job:
                     self._write(file, block)
                     if self.progress is not None:
                         self.progress(have, total or 0)
-                self._write(file, b"")
                 os.fsync(file.fileno())
         if total is not None and have < total:
             raise _PassingError(f"the connection ends after {have:,} of {total:,} bytes")
@@ -293,10 +293,11 @@ class _Job:
         write_whole(self.notes, json.dumps(notes).encode())
         return total
 
-    def _write(self, file: BinaryIO, block: bytes) -> None:
+    def _write(self, file: io.FileIO, block: bytes) -> None:
+        rest = memoryview(block)
         try:
-            file.write(block)
-            file.flush()
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.part)) from error
 

@@ -237,6 +237,8 @@ def _zip_members(path: Path, limits: Limits) -> Iterator[_Member]:
 
 def _gzip_member(path: Path, limits: Limits) -> Iterator[_Member]:
     with open(path, "rb") as raw, gzip.GzipFile(fileobj=raw, mode="rb") as content:
+        if not raw.peek(1):
+            raise ArchiveError(f"{path.name} is damaged, or no archive: it is empty")
         yield path.name.removesuffix(".gz"), content, raw.tell
 
 

@@ -74,7 +74,7 @@ class FileServer:
             def log_message(self, *arguments: object) -> None:
                 pass
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 with contextlib.suppress(ConnectionError):
                     outer.answer(self)
 
