@@ -331,7 +331,7 @@ class _Redirections(urllib.request.HTTPRedirectHandler):
 
 def _read(response: Any) -> bytes:
     try:
-        return response.read(BLOCK)
+        return response.read1(BLOCK)
     except (OSError, http.client.HTTPException) as error:
         raise _PassingError(f"the connection breaks ({_line(error)})") from error
 

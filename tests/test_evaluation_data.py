@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import gzip
-import hashlib
 import io
 import json
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +30,6 @@ from safetensors.torch import load_file
 from timm.data import create_dataset, create_loader, resolve_data_config
 from torch import Tensor, nn
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, MNIST
 
 import smpconv_zoo
 from smpconv_zoo.data import protocol
@@ -354,10 +347,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SOURCES = {
     "ImageNet-1k": "https://image-net.org",
-    "MNIST": "--download",
-    "CIFAR-10": "--download",
-    "CharacterTrajectories": "Multivariate2018_ts.zip",
-    "Speech Commands, 10 words": "speech_commands_v0.02.tar.gz",
+    "MNIST": "smpconv-zoo data fetch mnist",
+    "CIFAR-10": "smpconv-zoo data fetch cifar10",
+    "CharacterTrajectories": "smpconv-zoo data fetch character-trajectories",
+    "Speech Commands, 10 words": "smpconv-zoo data fetch speech-commands",
 }
 
 
@@ -502,76 +495,6 @@ def test_data_that_nobody_knows(store: Path) -> None:
     card = dataclasses.replace(card, data=dataclasses.replace(card.data, name="ImageNet-0k"))
     with pytest.raises(ValueError, match="ImageNet-0k as image 224 x 224, which cannot be evaluated here"):
         open_test_set(card)
-
-
-# ------------------------------------------------------------------------------------------------------------ downloads
-
-
-@pytest.fixture
-def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A server on loopback from which torchvision fetches MNIST: an archive of twelve digits, with their md5."""
-    write_mnist(tmp_path / "upstream", 12)
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    resources = []
-    for name, _ in MNIST.resources:
-        raw = tmp_path / "upstream" / "MNIST" / "raw" / name.removesuffix(".gz")
-        data = gzip.compress(raw.read_bytes())
-        (folder / name).write_bytes(data)
-        resources.append((name, hashlib.md5(data).hexdigest()))
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-    monkeypatch.setattr(MNIST, "resources", resources)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield folder
-    server.shutdown()
-    server.server_close()
-
-
-def test_mnist_is_downloaded_when_asked(store: Path, root: Path, mirror: Path) -> None:
-    card = checkpoint_card("smpconv_tcn_mnist.smnist")
-    with pytest.raises(FileNotFoundError, match="--download"):
-        open_test_set(card, root)
-    assert list(root.iterdir()) == []
-    with pytest.raises(FileNotFoundError, match="no folder was given"):
-        open_test_set(card, None, download=True)
-    assert len(open_test_set(card, root, download=True)) == 12
-    for file in mirror.iterdir():
-        file.unlink()
-    assert len(open_test_set(card, root, download=True)) == len(open_test_set(card, root)) == 12
-
-
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_a_download_that_fails_or_brings_other_bytes(call: Call, store: Path, root: Path, mirror: Path) -> None:
-    wanted = ("eval", "smpconv_tcn_mnist.smnist", "--data-dir", str(root), "--download")
-    path = mirror / MNIST.resources[2][0]
-    path.write_bytes(gzip.compress(b"other bytes"))
-    for _ in range(2):
-        code, out, err = call(*wanted)
-        assert (code, out) == (1, "") and "Traceback" not in err
-        assert "MNIST in" in err.splitlines()[-1] and "could not be fetched" in err.splitlines()[-1]
-        path.unlink(missing_ok=True)
-    # torchvision leaves the answer of the second, 404, open until it is collected: here, not in some later test.
-    gc.collect()
-
-
-def test_cifar10_is_downloaded_when_asked(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The archive is asked for under its address and its files go where they are looked for."""
-    asked = []
-
-    def fetch(url: str, target: str, filename: str, md5: str) -> None:
-        asked.append((url, md5))
-        write_cifar10(Path(target), 10, monkeypatch)
-
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fetch)
-    data = open_test_set(checkpoint_card("smpconv_resnet_cifar.cifar10"), root, download=True)
-    assert len(data) == 10 and asked == [(CIFAR10.url, CIFAR10.tgz_md5)]
 
 
 def test_an_opened_test_part_is_used_as_it_is(store: Path, tmp_path: Path) -> None:
