@@ -49,7 +49,7 @@ from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_che
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
 from smpconv_zoo.evaluation.resolution import ResolutionResult, evaluate_resolution
-from smpconv_zoo.evaluation.test_sets import eval_command, open_test_set
+from smpconv_zoo.evaluation.test_sets import TEST_PARTS, eval_command, open_test_set
 from smpconv_zoo.exported import FORMATS
 from smpconv_zoo.exporting import Exported, export_network
 from smpconv_zoo.importing import Imported, import_checkpoint
@@ -275,6 +275,13 @@ def eval_(
     download: Annotated[
         bool, typer.Option("--download", help="Fetch data that are not there into the folder; ImageNet needs a login.")
     ] = False,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help=f"How the test part is made: {', '.join(TEST_PARTS)}. Of Speech Commands and permuted MNIST it can be "
+            "in several ways."
+        ),
+    ] = "sound",
     batch_size: BatchSize = 100,
     workers: Workers = 4,
     device: Device = "cpu",
@@ -282,7 +289,7 @@ def eval_(
     as_json: Json = False,
 ) -> None:
     """Measure the top-1 accuracy of checkpoints beside the paper's and the card's; status 1 if the card's differs."""
-    results = _evaluate(match_checkpoints(ids), batch_size, device, threads, workers, data_dir, download)
+    results = _evaluate(match_checkpoints(ids), batch_size, device, threads, workers, data_dir, download, protocol)
     if as_json:
         _print_json([_plain(result) for result in results])
     else:
@@ -1155,11 +1162,15 @@ def _evaluate(
     workers: int = 0,
     data_dir: Path | None = None,
     download: bool = False,
+    protocol: str = "sound",
 ) -> list[EvaluationResult]:
     if threads is not None:
         torch.set_num_threads(threads)
     # All data are opened before the first network is loaded: nothing is computed in vain.
-    opened = {name: open_test_set(card_in_use(name), data_dir, download) for name in ids}
+    with _transfer() as progress:
+        opened = {
+            name: open_test_set(card_in_use(name), data_dir, download, protocol, progress, _echo_note) for name in ids
+        }
     results = []
     for name, data in opened.items():
         with _progress(name) as progress:
@@ -1215,7 +1226,7 @@ def _exit_on_difference(results: Sequence[EvaluationResult]) -> None:
 
 
 def _print_results(results: Sequence[EvaluationResult]) -> None:
-    _print_table(HEADER, [table_row(result) for result in results], numbers=range(2, len(HEADER)))
+    _print_table(HEADER, [table_row(result) for result in results], numbers=range(3, len(HEADER)))
     for result in results:
         for note in result.notes:
             typer.echo(f"{result.id}: {note}")

