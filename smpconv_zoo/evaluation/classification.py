@@ -36,8 +36,8 @@ class EvaluationResult:
     more than a hundred classes. ``notes`` are sentences without which the figures would be misread.
 
     ``protocol`` is how the weights were chosen: ``"reference"``, on the test part, as the authors do, which makes the
-    figure too good; or ``"sound"``, on a validation part. ``test_part`` is how the part that was measured on was made,
-    one of :data:`~smpconv_zoo.evaluation.test_sets.TEST_PARTS`.
+    figure too good; ``"sound"``, on a validation part; None where the card does not say. ``test_part`` is how the part
+    that was measured on was made, one of :data:`~smpconv_zoo.evaluation.test_sets.TEST_PARTS`.
     """
 
     id: str
@@ -49,7 +49,7 @@ class EvaluationResult:
     measured: MeasuredResult | None
     agrees: bool | None
     confusion: tuple[tuple[int, ...], ...] | None
-    protocol: str
+    protocol: str | None
     test_part: str
     notes: tuple[str, ...]
     device: str
@@ -131,12 +131,14 @@ def evaluate_checkpoint(
     )
 
 
-def chosen_by_protocol(card: CheckpointCard) -> str:
-    """How the weights of a card were chosen, ``"reference"`` or ``"sound"``; see :class:`EvaluationResult`.
+def chosen_by_protocol(card: CheckpointCard) -> str | None:
+    """How the weights of a card were chosen, ``"reference"``, ``"sound"``, None if unknown; see EvaluationResult.
 
     The authors' were chosen on the test part, or, of ImageNet, on the validation part on which they are measured.
     """
-    return "reference" if card.training is None or "test part" in card.training.chosen_by else "sound"
+    if card.training is None:
+        return None if card.paper is None else "reference"
+    return "reference" if "test part" in card.training.chosen_by else "sound"
 
 
 def load_pretrained(card: CheckpointCard) -> nn.Module:

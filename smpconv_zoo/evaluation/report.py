@@ -83,7 +83,7 @@ def table_row(result: EvaluationResult) -> tuple[str, ...]:
     return (
         result.id,
         f"{card.data.name}, {card.data.input}",
-        result.protocol if result.test_part in ("sound", result.protocol) else f"{result.protocol}, {result.test_part}",
+        _protocol(result),
         f"{card.parameters:,}",
         "-" if result.paper is None else f"{result.paper.top1:.2f}",
         "-" if result.measured is None else _figure(result.measured),
@@ -122,6 +122,12 @@ def _curves(results: Sequence[ResolutionResult]) -> list[tuple[str, int, dict[st
         }
         curves.append((name, own[0].trained, {way: points + native for way, points in ways.items() if points}))
     return curves
+
+
+def _protocol(result: EvaluationResult) -> str:
+    """How the weights were chosen; and how the test part was made, where that is not the usual way."""
+    chosen = result.protocol or "-"
+    return chosen if result.test_part in ("sound", chosen) else f"{chosen}, {result.test_part}"
 
 
 def _figure(result: EvaluationResult | MeasuredResult) -> str:
