@@ -33,6 +33,8 @@ from smpconv_zoo.data.sources import SOURCES, RemoteFile, data_source
 from smpconv_zoo.downloading import DownloadError, Patience
 from smpconv_zoo.evaluation.test_sets import open_test_set
 from smpconv_zoo.pretrained.cards import checkpoint_card
+from smpconv_zoo.training.arrays import load_parts
+from smpconv_zoo.training.recipe import SequenceRecipe, load_recipe
 from smpconv_zoo.unpacking import ArchiveError
 
 Call = Callable[..., tuple[int, str, str]]
@@ -246,6 +248,17 @@ def test_evaluation_finds_what_was_fetched_and_fetches_when_asked(
             open_test_set(card, None, download=True)
         assert len(open_test_set(card, root, download=True)) == samples
         assert len(open_test_set(card, root)) == samples
+    assert_whole(small, root)
+
+
+def test_training_fetches_when_asked_and_says_what_is_trusted(root: Path, make: Callable[..., Small]) -> None:
+    small, notes = make(trajectories), []
+    recipe = load_recipe("smpconv_tcn_chartraj.ct")
+    assert isinstance(recipe, SequenceRecipe)
+    with pytest.raises(FileNotFoundError, match="smpconv-zoo data fetch character-trajectories"):
+        load_parts(recipe, root)
+    parts = load_parts(recipe, root, download=True, on_note=notes.append)
+    assert (len(parts.train[1]), len(parts.classes)) == (42, 3) and "trusted on first use" in notes[0]
     assert_whole(small, root)
 
 
