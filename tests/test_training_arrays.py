@@ -427,7 +427,9 @@ def test_files_of_other_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_one_process_of_several_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     did: list[str] = []
-    monkeypatch.setattr(arrays, "_find", lambda made, folder, download: did.append(f"find {download}") or tmp_path)
+    monkeypatch.setattr(
+        arrays, "_find", lambda made, folder, download, note: did.append(f"find {download}") or tmp_path
+    )
     monkeypatch.setattr(World, "wait", lambda world: did.append("wait"))
     monkeypatch.setitem(arrays._LOADERS, "mnist", lambda request: few(40, 10, (1, 28, 28)))
     for rank, expected in ((0, ["find True", "wait", "find False"]), (1, ["wait", "find False"])):

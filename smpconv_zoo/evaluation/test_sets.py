@@ -1,7 +1,7 @@
 """The test part of the data that a card names, sample by sample, as the network takes it.
 
-The digits of mnist5k are always at hand where the extra `data` is installed; other data lie in a folder of the user's.
-Nothing is downloaded unasked.
+MNIST-1D is always at hand, MNIST-5k and the series of the UCR archive are where the package is installed that they come
+with; the others lie in a folder of the user's. Nothing is downloaded unasked.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from smpconv_zoo.data import pictures
 from smpconv_zoo.data.fetching import Progress as FetchProgress
 from smpconv_zoo.data.fetching import fetch
+from smpconv_zoo.data.mnist1d import mnist1d_sequences
 from smpconv_zoo.data.mnist5k import mnist5k_images, mnist5k_sequences
 from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
 from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest, clip_order
 from smpconv_zoo.data.ts_files import read_ts_parts
+from smpconv_zoo.data.ucr import UCR_SETS, load_ucr
 from smpconv_zoo.pretrained.cards import CheckpointCard
 from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError
@@ -286,6 +288,14 @@ def _mnist5k_permuted(card: CheckpointCard) -> Dataset[Any]:
     return TensorDataset(*mnist5k_sequences("test", order))
 
 
+def _mnist1d(card: CheckpointCard) -> Dataset[Any]:
+    return TensorDataset(*mnist1d_sequences("test"))
+
+
+def _ucr(card: CheckpointCard) -> Dataset[Any]:
+    return TensorDataset(*load_ucr(card.data.name, _DROPPED[card.data.input]).test)
+
+
 def _imagenet(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
     cfg: Any = timm.get_pretrained_cfg(card.id)
     transform = create_transform(**resolve_data_config(pretrained_cfg=cfg.to_dict()), is_training=False)
@@ -344,11 +354,15 @@ def _speech(place: Path, as_mfcc: bool, protocol: str) -> EvaluationData:
     return EvaluationData(SpeechCommandsTest(place, as_mfcc, protocol), from_files=True, notes=(note,))
 
 
+# Form of the input of a card -> percent of its time steps that were taken away.
+_DROPPED = {"sequence": 0, **{f"sequence, {rate} % dropped": rate for rate in (30, 50, 70)}}
 # (data set, form of the input) of a card -> its test part.
 _BUILT_IN: dict[tuple[str, str], Callable[[CheckpointCard], Dataset[Any]]] = {
     ("mnist5k", "sequence"): _mnist5k,
     ("mnist5k", "permuted sequence"): _mnist5k_permuted,
     ("mnist5k", "image 28 x 28"): _mnist5k_images,
+    ("mnist1d", "sequence"): _mnist1d,
+    **{(name, form): _ucr for name in UCR_SETS for form in _DROPPED},
 }
 _FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path, str], EvaluationData]] = {
     ("ImageNet-1k", "image 224 x 224"): _imagenet,
