@@ -178,6 +178,7 @@ def test_the_pickles_of_python_2_are_read_exactly(tmp_path: Path, monkeypatch: p
         {"data": Harm(getattr, 1, "real"), "labels": []},
         {"data": np.zeros((1, 3072), dtype=object), "labels": [0]},
         {"data": np.zeros((1, 3072), dtype=np.float32), "labels": [0]},
+        {"data": np.zeros((1, 3072), dtype=np.int8), "labels": [0]},
         {"data": np.zeros((2, 3072), dtype=np.uint8), "labels": [0]},
         {"data": np.zeros((1, 3071), dtype=np.uint8), "labels": [0]},
         {"data": np.zeros((1, 3072), dtype=np.uint8), "labels": [10]},
@@ -195,7 +196,7 @@ def test_pickles_of_anything_else_are_refused_unexecuted(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "test_batch"
-    path.write_bytes(pickle.dumps(content, protocol=2))
+    path.write_bytes(pickle.dumps(content, protocol=4))
     with pytest.raises(ValueError, match="is no batch of CIFAR-10"):
         read_batch(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["test_batch"]

@@ -329,6 +329,12 @@ def test_the_first_archive_is_the_one_that_counts(server: FileServer, root: Path
         with pytest.raises(DownloadError, match=f"recorded is {first.sources[0].sha256}; pass --accept-new"):
             get("character-trajectories", root)
         assert_nothing(small, root)
+    # Once the server has the true one again, it is taken.
+    other = server.files["character-trajectories/Multivariate2018_ts.zip"].data
+    server.put("character-trajectories/Multivariate2018_ts.zip", small.archives["Multivariate2018_ts.zip"])
+    assert get("character-trajectories", root).sources[0].trusted == "known"
+    remove()
+    server.put("character-trajectories/Multivariate2018_ts.zip", other)
     assert get("character-trajectories", root, accept_new=True).sources[0].trusted == "accepted"
     remove()
     assert get("character-trajectories", root).sources[0].trusted == "known"
