@@ -343,6 +343,14 @@ def test_the_command_line(call: Call, tmp_path: Path) -> None:
     assert code == 1 and json.loads(out)["unreadable"][0]["file"].endswith("t10k-labels-idx1-ubyte")
 
 
+def test_of_several_the_first_is_looked_at_and_the_others_are_named(tmp_path: Path) -> None:
+    write_digits(tmp_path / "MNIST" / "raw")
+    list(write_speech(tmp_path / "speech_commands_v0.02", 1))
+    checked = found(tmp_path)
+    assert checked.kind == "mnist" and len(checked.notes) == 1
+    assert checked.notes[0].startswith(f"{tmp_path / 'speech_commands_v0.02'} holds other data")
+
+
 def test_what_is_none_of_these_is_taken_for_pictures(call: Call, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing")
     assert check_data(tmp_path) is None and check_data(tmp_path / "absent") is None
