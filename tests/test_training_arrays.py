@@ -312,7 +312,7 @@ def test_cifar10_by_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(taken(permuted, 0)[0][0], x[:, :, order])
 
 
-@pytest.mark.parametrize("dropped", [0, 30])
+@pytest.mark.parametrize("dropped", [0, 30, 50, 70])
 def test_trajectories_by_protocol(tmp_path: Path, dropped: int) -> None:
     strokes_, labels = strokes(5, 20, 60)
     write_trajectories(tmp_path, strokes_, labels, 55)
@@ -330,7 +330,9 @@ def test_trajectories_by_protocol(tmp_path: Path, dropped: int) -> None:
     assert data.shape == (3 + (dropped > 0), 60)
     if dropped:
         x, _ = taken(data, 0)[0]
-        assert ((x[:, 3] == 0).sum(1) == 18).all() and (x[:, :3][x[:, 3:].expand(-1, 3, -1) == 0] == 0).all()
+        assert ((x[:, 3] == 0).sum(1) == 60 * dropped // 100).all() and (
+            x[:, :3][x[:, 3:].expand(-1, 3, -1) == 0] == 0
+        ).all()
 
 
 @pytest.mark.parametrize(("kind", "dropped"), [("mfcc", 0), ("mfcc", 50), ("raw", 0), ("raw", 30)])
@@ -348,6 +350,9 @@ def test_speech_by_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kin
     opened: list[Path] = []
     read = speech_commands.read_clip
     monkeypatch.setattr(speech_commands, "read_clip", lambda path: (opened.append(path), read(path))[1])
+    # Both protocols see the clips in one order here; test_speech_commands.py has the orders.
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.wav") if "bird" not in str(path))
+    (tmp_path / speech_commands.ORDER_FILE).write_text("\n".join(names))
     seen: list[tuple[int, int]] = []
     sound = load_parts(made, tmp_path, progress=lambda done, total: seen.append((done, total)))
     assert sound.validation is not None and sound.classes == speech_commands.WORDS
@@ -360,7 +365,8 @@ def test_speech_by_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kin
         assert torch.equal(y, torch.from_numpy(labels[parts[name]]))
         # Sums in double precision against float32 ones, over values whose deviation is down to a tenth of the mean.
         torch.testing.assert_close(samples, expected[name], rtol=1e-4, atol=1e-4)
-    assert any("not known" in note for note in sound.notes)
+    assert any("sorted names" in note for note in sound.notes)
+    assert any("clip_order.txt" in note for note in reference.notes)
 
 
 def test_broken_clips_are_all_named(tmp_path: Path) -> None:
@@ -421,7 +427,9 @@ def test_files_of_other_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_one_process_of_several_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     did: list[str] = []
-    monkeypatch.setattr(arrays, "_find", lambda made, folder, download: did.append(f"find {download}") or tmp_path)
+    monkeypatch.setattr(
+        arrays, "_find", lambda made, folder, download, note: did.append(f"find {download}") or tmp_path
+    )
     monkeypatch.setattr(World, "wait", lambda world: did.append("wait"))
     monkeypatch.setitem(arrays._LOADERS, "mnist", lambda request: few(40, 10, (1, 28, 28)))
     for rank, expected in ((0, ["find True", "wait", "find False"]), (1, ["wait", "find False"])):
