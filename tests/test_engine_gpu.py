@@ -24,7 +24,7 @@ PICTURES = {"network": "test_smpconv", "data": "pictures", "optimizer": "adamw",
 SERIES = {"network": "test_smpconv_tcn", "data": "series", "optimizer": "adam"}
 # Adam's first steps are the signs of gradients, which of biases in front of a batch norm are those of rounding noise:
 # two ways to round are compared by plain steps.
-PLAIN = {"optimizer": "sgd", "lr": 0.05}
+PLAIN = {"optimizer": "sgd", "lr": 2e-3}
 
 
 def engine(folder: Path | None, cut: int | None = None, **changes: Any) -> Engine:
@@ -85,13 +85,13 @@ def test_a_run_that_was_cut_goes_on_bit_for_bit(tmp_path: Path, changes: dict[st
     [
         # The same kernels, launched one by one or as a graph.
         ({**PICTURES, "graph": True}, {**PICTURES, "graph": False}, 1e-5),
-        # Fused kernels round otherwise.
-        ({**PICTURES, **PLAIN, "compile": True}, {**PICTURES, **PLAIN}, 1e-4),
+        # Fused kernels round otherwise, and batch norms of eight pictures let rounding grow: 2e-4 seen on a CPU.
+        ({**PICTURES, **PLAIN, "compile": True}, {**PICTURES, **PLAIN}, 1e-3),
         ({**SERIES, **PLAIN, "compile": True}, {**SERIES, **PLAIN}, 1e-4),
-        # 8 and 11 bits.
+        # 8 and 11 bits; in float16 the first steps may be left out until the scale of the loss fits.
         ({**PICTURES, **PLAIN, "dtype": "bfloat16", "channels_last": True}, {**PICTURES, **PLAIN}, 1e-2),
-        ({**PICTURES, **PLAIN, "dtype": "float16"}, {**PICTURES, **PLAIN}, 2e-3),
-        ({**SERIES, **PLAIN, "dtype": "float16"}, {**SERIES, **PLAIN}, 2e-3),
+        ({**PICTURES, **PLAIN, "dtype": "float16"}, {**PICTURES, **PLAIN}, 5e-3),
+        ({**SERIES, **PLAIN, "dtype": "float16"}, {**SERIES, **PLAIN}, 5e-3),
     ],
     ids=["graph", "compiled", "compiled series", "bfloat16", "float16", "float16 series"],
 )
