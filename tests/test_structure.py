@@ -39,6 +39,7 @@ ORDER = (
     ("training",),
     ("benchmarks",),
     ("importing", "publishing", "verifying"),
+    ("console",),
     ("cli",),
     ("__main__",),
 )
@@ -73,8 +74,9 @@ ORDER_WITHIN = {
     ),
     "evaluation": (
         ("complexity", "figures", "golden", "tables", "test_sets"),
-        ("classification", "model_card"),
-        ("resolution",),
+        ("accuracy", "classification", "image_sets", "model_card"),
+        ("candidates", "resolution"),
+        ("image_accuracy",),
         ("report",),
         ("__init__",),
     ),
@@ -84,7 +86,7 @@ ORDER_WITHIN = {
         ("run_folder",),
         ("engine",),
         ("running",),
-        ("sequence", "finetuning"),
+        ("run_weights", "sequence", "finetuning"),
         ("__init__",),
     ),
 }

@@ -120,13 +120,16 @@ def find_data_set(name: str, data_dir: Path | None, download: bool, need: str, c
     return place
 
 
-def batches(data: Dataset[Any], batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    data: Dataset[Any], batch_size: int, workers: int, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The samples in order, in batches x (N, ...), y (N,) int64.
 
     Args:
         data: Samples (x, y).
         batch_size: Samples at a time.
         workers: Processes that read ahead, at most one for each CPU; with 0 it is this process that reads.
+        pin_memory: Whether batches lie where a GPU fetches them from faster.
 
     Raises:
         ValueError: A size out of range, or a sample that cannot be read.
@@ -134,7 +137,7 @@ def batches(data: Dataset[Any], batch_size: int, workers: int) -> Iterator[tuple
     if batch_size < 1 or workers < 0:
         raise ValueError(f"batch_size must be at least 1 and workers 0 or more, got {batch_size} and {workers}")
     try:
-        yield from DataLoader(data, batch_size, num_workers=min(workers, _cpus()))
+        yield from DataLoader(data, batch_size, num_workers=min(workers, _cpus()), pin_memory=pin_memory)
     except ValueError as error:
         # From a worker an error comes with its whole traceback as its text; what it says is in the last line.
         last = str(error).strip().splitlines()[-1]
