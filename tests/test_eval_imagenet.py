@@ -445,11 +445,16 @@ def test_the_average_of_a_run_is_measured(script: Script, tmp_path: Path) -> Non
     assert entry["weights"].startswith("averaged weights of the best epoch")
     code, out, _ = script(*common, "--no-best")
     (entry,) = json.loads(out)
-    assert (
-        entry["top1"] == pytest.approx(run.outcome.last.top1) and "averaged weights after step 12" in entry["weights"]
-    )
+    assert entry["top1"] == pytest.approx(run.outcome.last.top1)
+    assert "averaged weights after step 12" in entry["weights"]
     code, out, _ = script(*common, "--no-ema")
     assert "weights as trained after step 12" in json.loads(out)[0]["weights"]
+    averaged, trained = (
+        network_of_run(tmp_path / "run", averaged=averaged, best=False).model.state_dict() for averaged in (True, False)
+    )
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(averaged[name], tensor)
+    assert any(not torch.equal(averaged[name], trained[name]) for name in averaged)
 
 
 def test_results_as_files(script: Script, weights: Path, folder: Path, tmp_path: Path) -> None:
@@ -475,7 +480,7 @@ def test_names_and_wildcards(script: Script, folder: Path, tmp_path: Path, monke
     assert (code, out) == (1, "") and "smpconv-zoo import smpconv_t.in1k" in err
     assert "smpconv-zoo import smpconv_t.in1k" in script("smpconv_t", *where)[2]
     code, out, err = script("smpconv_*", *where)
-    assert code == 1 and "nothing to measure" in err and "smpconv_b.in1k was left out" in err
+    assert code == 1 and "nothing to measure" in err and "left out: smpconv_b.in1k does not ship" in err
     # A checkpoint of other classes cannot be measured on these.
     code, out, err = script("smpconv_resnet_mnist.mnist5k", *where)
     assert code == 1 and "tells 10 classes apart" in err

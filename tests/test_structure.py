@@ -76,7 +76,7 @@ ORDER_WITHIN = {
         ("complexity", "figures", "golden", "tables", "test_sets"),
         ("accuracy", "classification", "image_sets", "model_card"),
         ("candidates", "resolution"),
-        ("image_accuracy",),
+        ("image_accuracy", "sequence_accuracy"),
         ("report",),
         ("__init__",),
     ),

@@ -30,6 +30,8 @@ class Candidate:
         build: Makes the network, in float32, on the CPU.
         card: Of a checkpoint of the zoo; None for others.
         changes: In what its pictures are prepared otherwise than its ``pretrained_cfg`` says, by timm's names.
+        protocol: How these weights were chosen, ``"reference"`` (on the test part, as the authors do) or ``"sound"``;
+            None where that is not known.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Candidate:
     build: Callable[[], nn.Module]
     card: CheckpointCard | None = None
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    protocol: str | None = None
 
 
 def find_candidates(
@@ -70,7 +73,7 @@ def find_candidates(
         for name in ids:
             card = card_in_use(name)
             if card.status == "importable":
-                missing[name] = f"{name} was left out: {how_to_get(card)}"
+                missing[name] = f"left out: {how_to_get(card)}"
             else:
                 found.setdefault(name, _named(name))
         for name in others:

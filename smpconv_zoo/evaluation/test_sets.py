@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from smpconv_zoo.data import pictures
 from smpconv_zoo.data.mnist5k import mnist5k_images, mnist5k_sequences
 from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
-from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest
+from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest, speech_commands_parts
 from smpconv_zoo.data.ts_files import read_ts_parts
 from smpconv_zoo.pretrained.cards import CheckpointCard
 from smpconv_zoo.pretrained.locate import load_weights
@@ -62,21 +62,29 @@ class _OnDisk:
     part: str = ""
 
 
-def open_test_set(card: CheckpointCard, data_dir: Path | None = None, download: bool = False) -> EvaluationData:
+def open_test_set(
+    card: CheckpointCard, data_dir: Path | None = None, download: bool = False, dropped: int = 0
+) -> EvaluationData:
     """The test part of a card's data. Files are looked for and their form is checked; no network is loaded.
 
     Args:
         card: Of any checkpoint of the package.
         data_dir: The user's folder with the data; without it only built-in data are found.
         download: Whether to fetch data that are not in ``data_dir``, where torchvision can.
+        dropped: Percent of the time steps of each sequence that are left out, with the mask of the others as one more
+            channel.
 
     Raises:
         FileNotFoundError: The data are not there; the message says which are needed and how to get them.
-        ValueError: They are not what they should be, could not be fetched, or are of a kind that is not known here.
+        ValueError: They are not what they should be, could not be fetched, are of a kind that is not known here, or of
+            one from which nothing is dropped.
         CheckpointError: The card's weights, which hold the order of its pixels, are not at hand.
         ImportError: A package that takes part is not installed.
     """
     key = (card.data.name, card.data.input)
+    if dropped and key not in _DROPPED:
+        recorded = " and ".join(dict.fromkeys(name for name, _ in _DROPPED))
+        raise ValueError(f"time steps are dropped from what was recorded, {recorded}, not from {key[0]}")
     if key in _BUILT_IN:
         return EvaluationData(_BUILT_IN[key](card))
     if key not in _FORMS:
@@ -85,7 +93,7 @@ def open_test_set(card: CheckpointCard, data_dir: Path | None = None, download: 
     source = _ON_DISK[card.data.name]
     what = source.part + source.what
     place = find_data_set(card.data.name, data_dir, download, f"{card.id} is measured on {what}", eval_command(card))
-    data = _FORMS[key](card, place)
+    data = _DROPPED[key](place, dropped) if dropped else _FORMS[key](card, place)
     if not len(data):
         raise ValueError(f"{place} holds {what} without a single sample")
     if len(data) != source.samples:
@@ -270,9 +278,13 @@ def _cifar10_sequence(card: CheckpointCard, place: Path) -> EvaluationData:
 
 
 def _trajectories(card: CheckpointCard, place: Path) -> EvaluationData:
+    return _dropped_trajectories(place, 0)
+
+
+def _dropped_trajectories(place: Path, dropped: int) -> EvaluationData:
     series, labels = read_ts_parts(place, "CharacterTrajectories")
     try:
-        x, y = character_trajectories(series, labels)["test"]
+        x, y = character_trajectories(series, labels, dropped)["test"]
     except ValueError as error:
         raise ValueError(f"the series in {place} are not those of CharacterTrajectories: {error}") from error
     note = (
@@ -297,6 +309,19 @@ def _speech_raw(card: CheckpointCard, place: Path) -> EvaluationData:
     return EvaluationData(SpeechCommandsTest(place, as_mfcc=False), from_files=True, notes=(_SPEECH_NOTE,))
 
 
+def _dropped_mfcc(place: Path, dropped: int) -> EvaluationData:
+    return _dropped_speech(place, True, dropped)
+
+
+def _dropped_raw(place: Path, dropped: int) -> EvaluationData:
+    return _dropped_speech(place, False, dropped)
+
+
+def _dropped_speech(place: Path, as_mfcc: bool, dropped: int) -> EvaluationData:
+    parts = speech_commands_parts(place, as_mfcc, ("test",), dropped)
+    return EvaluationData(TensorDataset(*parts["test"]), notes=(_SPEECH_NOTE,))
+
+
 # (data set, form of the input) of a card -> its test part.
 _BUILT_IN: dict[tuple[str, str], Callable[[CheckpointCard], Dataset[Any]]] = {
     ("mnist5k", "sequence"): _mnist5k,
@@ -312,4 +337,9 @@ _FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path], EvaluationData]] 
     ("CharacterTrajectories", "sequence of 182 steps"): _trajectories,
     ("Speech Commands, 10 words", "161 frames of 20 MFCCs"): _speech_mfcc,
     ("Speech Commands, 10 words", "waveform of 16,000 samples"): _speech_raw,
+}
+_DROPPED: dict[tuple[str, str], Callable[[Path, int], EvaluationData]] = {
+    ("CharacterTrajectories", "sequence of 182 steps"): _dropped_trajectories,
+    ("Speech Commands, 10 words", "161 frames of 20 MFCCs"): _dropped_mfcc,
+    ("Speech Commands, 10 words", "waveform of 16,000 samples"): _dropped_raw,
 }

@@ -1,4 +1,4 @@
-"""The network that a run left in its folder."""
+"""The network that a run left in its folder, and the test part of its task."""
 
 from __future__ import annotations
 
@@ -9,12 +9,24 @@ from typing import Any
 import yaml
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils.data import TensorDataset, default_collate
 
+from smpconv_zoo.data.protocol import permute_pixels, pixel_permutation
+from smpconv_zoo.evaluation.test_sets import EvaluationData, open_test_set
+from smpconv_zoo.pretrained.cards import CheckpointCard, Data, checkpoint_card
 from smpconv_zoo.training import checkpointing
+from smpconv_zoo.training.arrays import NAMES
 from smpconv_zoo.training.recipe import ImageRecipe, SequenceRecipe, make_recipe
 from smpconv_zoo.training.running import start_network
 
-__all__ = ["RunWeights", "is_run_folder", "network_of_run", "recipe_of_run"]
+__all__ = ["RunWeights", "is_run_folder", "network_of_run", "open_test_set_of_run", "recipe_of_run", "task_of_run"]
+
+# What cards call the inputs of data that come in one form alone, by the recipe's data and features.
+_FORMS = {
+    ("character-trajectories", None): "sequence of 182 steps",
+    ("speech-commands", "mfcc"): "161 frames of 20 MFCCs",
+    ("speech-commands", "raw"): "waveform of 16,000 samples",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,3 +88,44 @@ def network_of_run(folder: Path, *, averaged: bool = True, best: bool = True) ->
     model.load_state_dict(found.state["average" if take_average else "model"])
     kind = "averaged weights" if take_average else "weights as trained" if average else "weights"
     return RunWeights(model.eval(), recipe, f"{kind} after step {found.state['update']}, {found.path.name}")
+
+
+def task_of_run(recipe: SequenceRecipe) -> CheckpointCard:
+    """The card of the recipe's checkpoint, with the data that the recipe names; it says nothing of any weights.
+
+    Raises:
+        CardError: No checkpoint has the recipe's id.
+        ValueError: The user's own sequences, of which nobody knows a test part.
+    """
+    if recipe.data == "series":
+        raise ValueError(f"{recipe.id} learned from sequences of your own: there is no test part to measure it on")
+    card = checkpoint_card(recipe.id)
+    form = _FORMS.get((recipe.data, recipe.features), recipe.input)
+    name = NAMES.get(recipe.data, recipe.data)
+    same = (name, form) == (card.data.name, card.data.input)
+    split = card.data.split if same else f"the test part of {name}"
+    paper = card.paper if same else None
+    return dataclasses.replace(card, data=Data(name, form, split), paper=paper, measured=None)
+
+
+def open_test_set_of_run(
+    recipe: SequenceRecipe, data_dir: Path | None = None, download: bool = False, dropped: int | None = None
+) -> EvaluationData:
+    """The test part of a recipe's data, as :func:`~smpconv_zoo.evaluation.test_sets.open_test_set`.
+
+    Args:
+        recipe: The run.
+        data_dir: The user's folder with the data.
+        download: Whether to fetch data that are not there.
+        dropped: Percent of the time steps that are left out; as in training if None.
+    """
+    card = task_of_run(recipe)
+    share = recipe.dropped if dropped is None else dropped
+    if recipe.permutation_seed is None:
+        return open_test_set(card, data_dir, download, share)
+    # In the order of its seed: that of a checkpoint travels with the weights, and may be another.
+    plain = dataclasses.replace(card, data=dataclasses.replace(card.data, input="sequence"))
+    data = open_test_set(plain, data_dir, download, share)
+    x, y = default_collate([data.samples[i] for i in range(len(data))])
+    order = pixel_permutation(recipe.permutation_seed, n=x.shape[2])
+    return EvaluationData(TensorDataset(permute_pixels(x, order), y), notes=data.notes)
