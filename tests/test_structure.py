@@ -38,7 +38,7 @@ ORDER = (
     ("evaluation",),
     ("training",),
     ("benchmarks",),
-    ("importing", "publishing", "verifying"),
+    ("importing", "publishing", "reproducing", "verifying"),
     ("console",),
     ("cli",),
     ("__main__",),
@@ -73,7 +73,7 @@ ORDER_WITHIN = {
         ("__init__",),
     ),
     "evaluation": (
-        ("complexity", "figures", "golden", "tables", "test_sets"),
+        ("complexity", "figures", "golden", "paper_tables", "tables", "test_sets"),
         ("accuracy", "classification", "image_sets", "model_card"),
         ("candidates", "resolution"),
         ("image_accuracy", "sequence_accuracy"),
