@@ -39,6 +39,7 @@ ORDER = (
     ("training",),
     ("benchmarks",),
     ("importing", "publishing", "reproducing", "verifying"),
+    ("rehearsing",),
     ("console",),
     ("cli",),
     ("__main__",),
@@ -69,7 +70,7 @@ ORDER_WITHIN = {
     "data": (
         ("folders", "mfcc", "protocol", "stand_in", "ts_files"),
         ("mnist5k", "series", "speech_commands"),
-        ("classes", "pictures"),
+        ("classes", "pictures", "stand_in_arrays"),
         ("__init__",),
     ),
     "evaluation": (
