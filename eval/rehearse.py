@@ -16,15 +16,14 @@ import typer
 
 from smpconv_zoo.console import print_table, run_script
 from smpconv_zoo.environment import hardware, versions
+from smpconv_zoo.evaluation.paper_tables import PaperRow
 from smpconv_zoo.evaluation.tables import markdown_table
 from smpconv_zoo.files import write_whole
 from smpconv_zoo.rehearsing import PlannedRun, Stage, plan_runs, rehearsal_overrides, rehearse, rehearsed_rows
 from smpconv_zoo.training.run_folder import command_line
 
 RESULTS = Path(__file__).resolve().parent / "results"
-EXAMPLE = (
-    "Example: `python eval/rehearse.py --price 3`, then `python eval/rehearse.py --run rehearsal --log rehearsal.txt`"
-)
+EXAMPLE = "Example: `python eval/rehearse.py --price 3`, or `python eval/rehearse.py --run rehearsal --log log.txt`"
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
 
@@ -92,22 +91,23 @@ def _commands(planned: list[PlannedRun]) -> str:
     for entry in planned:
         name = entry.row + (f", {entry.dropped} % dropped" if entry.dropped else "")
         lines += [
-            f"{name}",
+            name,
+            f"  check:    {entry.check}",
             f"  one GPU:  {entry.train}",
             f"  eight:    {entry.train_eight}",
             f"  measure:  {entry.evaluate}",
+            f"  assumed:  {'; '.join(entry.assumptions)}",
         ]
-        lines += [f"  assumed:  {'; '.join(entry.assumptions)}"]
     return "\n".join(lines)
 
 
-def _rehearse(rows: list, folder: Path, device: str, log: Path | None) -> None:
+def _rehearse(rows: list[PaperRow], folder: Path, device: str, log: Path | None) -> None:
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [
         f"$ {command_line()}",
         f"# {hardware(device)}, {made}; {time.strftime('%Y-%m-%d', time.gmtime())}.",
-        "# Whole networks on made-up data of the true formats. Figures mean nothing; that a run's own figure is measured",
-        "# again from its files, and stands in the table, does. Smaller than in the recipe:",
+        "# Whole networks on made-up data of the true formats. The figures mean nothing; what counts is that the figure",
+        "# of a run is measured again from its files and stands in the table. Smaller than in the recipe:",
     ]
     for row in {row.checkpoint: row for row in rows}.values():
         changes = ", ".join(f"{name}={value}" for name, value in rehearsal_overrides(row).items())
