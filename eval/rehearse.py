@@ -1,7 +1,7 @@
 """The authors' runs before they are paid for: commands, time and cost; with --run, every stage on made-up data.
 
 python eval/rehearse.py --price 3
-python eval/rehearse.py --run /tmp/rehearsal --only 'smpconv_tcn*' --log eval/results/rehearsal.txt
+python eval/rehearse.py --run rehearsal --only 'smpconv_tcn*' --log eval/results/rehearsal.txt
 """
 
 from __future__ import annotations
@@ -106,7 +106,8 @@ def _rehearse(rows: list[PaperRow], folder: Path, device: str, log: Path | None)
     lines = [
         f"$ {command_line()}",
         f"# {hardware(device)}, {made}; {time.strftime('%Y-%m-%d', time.gmtime())}.",
-        "# Whole networks on made-up data of the true formats. The figures mean nothing; what counts is that the figure",
+        "# Whole networks on made-up data of the true formats. The figures mean nothing; what counts is that the "
+        "figure",
         "# of a run is measured again from its files and stands in the table. Smaller than in the recipe:",
     ]
     for row in {row.checkpoint: row for row in rows}.values():

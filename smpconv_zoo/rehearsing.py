@@ -68,7 +68,7 @@ _GPUS = 8
 _STOP_AFTER = 2
 
 
-class RehearsalError(RuntimeError):
+class RehearsalError(ValueError):
     """A stage did not do what it should; the message says which, of which run, and what came instead."""
 
 
@@ -311,8 +311,8 @@ def rehearsal_overrides(row: PaperRow) -> dict[str, Any]:
     """What the rehearsal of a line changes in its recipe, besides what the line itself does."""
     recipe = load_recipe(row.checkpoint)
     if isinstance(recipe, ImageRecipe):
-        # 1,000 classes, of one picture each: ten steps.
-        return {"epochs": 1, "warmup_epochs": 0, "batch_size": 100, "image_size": _SIZE}
+        # 1,000 classes, of one picture each: nine steps.
+        return {"epochs": 1, "warmup_epochs": 0, "batch_size": 104, "image_size": _SIZE}
     return {"epochs": 2, "warmup_epochs": 1, "batch_size": 8 if recipe.features == "raw" else 16}
 
 
