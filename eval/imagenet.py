@@ -17,6 +17,7 @@ from smpconv_zoo.evaluation.accuracy import DTYPES, as_csv, as_json, check_recor
 from smpconv_zoo.evaluation.candidates import Candidate, find_candidates, is_sequence, network_from_file
 from smpconv_zoo.evaluation.image_accuracy import HEADER, ImageResult, evaluate_pictures, image_row
 from smpconv_zoo.evaluation.image_sets import IMAGE_SETS, open_image_set
+from smpconv_zoo.pretrained.cards import CheckpointCard
 from smpconv_zoo.training.recipe import ImageRecipe
 from smpconv_zoo.training.run_weights import is_run_folder, network_of_run, recipe_of_run
 from smpconv_zoo.training.world import join_world
@@ -120,13 +121,17 @@ def _candidates(
         return [network_from_file(checkpoint, models[0], _json_object(model_args))], []
     if model_args != "{}":
         raise typer.BadParameter("--model-args goes with --checkpoint")
+
+    def wanted(card: CheckpointCard) -> bool:
+        return card.data.input.startswith("image") and (data_set == "pictures" or not is_sequence(card))
+
     found: list[Candidate] = []
     left_out: list[str] = []
     for name in models:
         if is_run_folder(name):
             found.append(_run(Path(name), ema, best))
             continue
-        more, without = find_candidates([name], lambda card: data_set == "pictures" or not is_sequence(card))
+        more, without = find_candidates([name], wanted)
         found += more
         left_out += without
     if not found:

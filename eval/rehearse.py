@@ -69,6 +69,7 @@ def main(
 
 
 def _table(planned: list[PlannedRun]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    priced = any(entry.cost is not None for entry in planned)
     header = ("run", "dropped", "steps", "1 H100, h", "cost", "8 H100, h (assumed)", "cost", "from")
     cells = [
         (
@@ -76,14 +77,20 @@ def _table(planned: list[PlannedRun]) -> tuple[tuple[str, ...], list[tuple[str, 
             f"{entry.dropped} %" if entry.dropped else "",
             f"{entry.steps:,}",
             f"{entry.hours:.2f}",
-            "-" if entry.cost is None else f"{entry.cost:,.2f}",
+            f"{entry.cost or 0:,.2f}",
             f"{entry.hours_eight:.2f}",
-            "-" if entry.cost_eight is None else f"{entry.cost_eight:,.2f}",
+            f"{entry.cost_eight or 0:,.2f}",
             entry.speed,
         )
         for entry in planned
     ]
-    return header, cells
+    if priced:
+        return header, cells
+    return _without_cost(header), [_without_cost(row) for row in cells]
+
+
+def _without_cost(row: tuple[str, ...]) -> tuple[str, ...]:
+    return (*row[:4], row[5], row[7])
 
 
 def _commands(planned: list[PlannedRun]) -> str:

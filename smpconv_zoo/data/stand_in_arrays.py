@@ -6,16 +6,20 @@ There is something to learn in each, but nothing that was learned from it means 
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 import pickle
 import wave
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 
 from smpconv_zoo.data.speech_commands import SAMPLE_RATE, WORDS
 
 __all__ = [
+    "Python2Pickler",
     "cifar10_sums",
     "write_cifar10_stand_in",
     "write_mnist_stand_in",
@@ -76,10 +80,10 @@ def write_cifar10_stand_in(folder: Path, train: int = 40, test: int = 20, seed: 
         labels = (first + np.arange(count)) % 10
         planes = _patterns(labels, 32, draw).transpose(0, 3, 1, 2).reshape(count, -1)
         content = {"batch_label": name, "labels": labels.tolist(), "data": planes, "filenames": [""] * count}
-        (root / name).write_bytes(pickle.dumps(content, protocol=2))
+        (root / name).write_bytes(_pickled(content))
         first += count
     meta = {"num_cases_per_batch": train // 5, "label_names": [str(label) for label in range(10)], "num_vis": 3072}
-    (root / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
+    (root / "batches.meta").write_bytes(_pickled(meta))
     return folder
 
 
@@ -151,6 +155,29 @@ def write_speech_stand_in(folder: Path, per_word: int = 7, seed: int = 0) -> Pat
                 file.setframerate(SAMPLE_RATE)
                 file.writeframes(samples.tobytes())
     return folder
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes strings of either kind as Python 2, which made CIFAR-10's files, wrote its own."""
+
+    dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
+    # Set on every instance by the class above.
+    write: Callable[[bytes], Any]
+
+    def save_string(self, text: str | bytes) -> None:
+        """As the opcodes of Python 2's strings, which hold bytes."""
+        data = text.encode("latin1") if isinstance(text, str) else text
+        short = len(data) < 256
+        head = pickle.SHORT_BINSTRING if short else pickle.BINSTRING
+        self.write(head + len(data).to_bytes(1 if short else 4, "little") + data)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def _pickled(content: dict[str, Any]) -> bytes:
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(content)
+    return file.getvalue()
 
 
 def _patterns(labels: np.ndarray, size: int, draw: np.random.RandomState) -> np.ndarray:
