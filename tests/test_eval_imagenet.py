@@ -176,6 +176,7 @@ def test_equal_numbers_from_folder_tar_shards_and_dataset(
     cfg = timm.get_pretrained_cfg("test_smpconv")
     assert (entry["img_size"], entry["crop_pct"], entry["interpolation"]) == (64, cfg.crop_pct, cfg.interpolation)
     assert entry["top1"] == pytest.approx(100 * RIGHT / PICTURES) and entry["param_count"] > 0
+    assert any("name no synsets" in note for note in entry["notes"]) == (form is as_shards)
     # And by ReaL, which knows a picture by its name in all of these forms.
     code, out, err = script(*options(weights), "--data-dir", where, "--partial", "--data-set", "real", "--json")
     assert code == 0, err

@@ -157,7 +157,7 @@ def open_image_set(name: str, where: str | Path, partial: bool = False) -> Image
             "there by --partial"
         )
     notes = tuple(f"only a part of {about.title}: {fault}" for fault in faults)
-    if part.kind in ("wds", "hfds") and part.classes != tuple(classes):
+    if part.kind in ("wds", "hfds") and not _are_synsets(part.classes):
         notes = (*notes, f"the {part.kind} data name no synsets: their labels are taken for the numbers of the classes")
     columns = None if about.subset is None else tuple(imagenet.index(synset) for synset in classes)
     if name == "real":
@@ -245,7 +245,7 @@ def _numbers(part: PicturePart, classes: list[str], about: ImageSet, imagenet: l
     """The number of each picture's class among those of the set."""
     names, labels = part.classes, part.pictures.labels
     place = {synset: number for number, synset in enumerate(classes)}
-    if all(re.fullmatch(r"n\d{8}", name) for name in names):
+    if _are_synsets(names):
         if foreign := sorted(set(names) - set(place)):
             few = f": {part.where} looks like another set" if set(foreign) <= set(imagenet) else ""
             raise ValueError(
@@ -273,6 +273,10 @@ def _numbers(part: PicturePart, classes: list[str], about: ImageSet, imagenet: l
     if numbers.max() >= len(classes):
         raise ValueError(f"{part.where} has a label {numbers.max()}, {about.title} has {len(classes):,} classes")
     return numbers
+
+
+def _are_synsets(names: Sequence[str]) -> bool:
+    return all(re.fullmatch(r"n\d{8}", name) for name in names)
 
 
 def _faults(part: PicturePart, labels: np.ndarray, classes: list[str], about: ImageSet) -> list[str]:
