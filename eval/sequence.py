@@ -138,7 +138,7 @@ def _tasks(
             stated = Candidate(candidate.name, candidate.weights, candidate.build, card, protocol=protocol)
             for rate in dropped or [0]:
                 try:
-                    tasks.append((stated, card, rate, open_test_set(card, data_dir, download, rate)))
+                    tasks.append((stated, card, rate, open_test_set(card, data_dir, download, dropped=rate)))
                 except FileNotFoundError as error:
                     # Of those that a wildcard names, what can be measured is.
                     if not wildcard:
@@ -154,7 +154,9 @@ def _run(folder: Path, data_dir: Path | None, download: bool, dropped: list[int]
     if not isinstance(recipe, SequenceRecipe):
         raise ValueError(f"{folder} is a run on pictures: eval/imagenet.py measures it")
     card = task_of_run(recipe)
-    opened = [(rate, open_test_set_of_run(recipe, data_dir, download, rate)) for rate in dropped or [recipe.dropped]]
+    opened = [
+        (rate, open_test_set_of_run(recipe, data_dir, download, dropped=rate)) for rate in dropped or [recipe.dropped]
+    ]
     run = network_of_run(folder, best=best)
     candidate = Candidate(f"{recipe.id} {folder.name}", run.weights, lambda: run.model, protocol=recipe.protocol)
     return [(candidate, card, rate, data) for rate, data in opened]

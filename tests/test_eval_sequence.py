@@ -154,7 +154,7 @@ def test_the_figure_of_a_card(script: Script, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(candidates, "card_in_use", lambda _: card)
     x, y = mnist5k_images("validation")
     data = EvaluationData(torch.utils.data.TensorDataset(x[:7], y[:7]))
-    monkeypatch.setattr(load_script("sequence"), "open_test_set", lambda *_: data)
+    monkeypatch.setattr(load_script("sequence"), "open_test_set", lambda *_, **__: data)
     code, out, err = script(name)
     assert code == 1 and f"not equal to the card's figure: {name}" in err
 

@@ -122,10 +122,10 @@ def open_test_set_of_run(
     card = task_of_run(recipe)
     share = recipe.dropped if dropped is None else dropped
     if recipe.permutation_seed is None:
-        return open_test_set(card, data_dir, download, share)
+        return open_test_set(card, data_dir, download, dropped=share)
     # In the order of its seed: that of a checkpoint travels with the weights, and may be another.
     plain = dataclasses.replace(card, data=dataclasses.replace(card.data, input="sequence"))
-    data = open_test_set(plain, data_dir, download, share)
+    data = open_test_set(plain, data_dir, download, dropped=share)
     x, y = default_collate([data.samples[i] for i in range(len(data))])
     order = pixel_permutation(recipe.permutation_seed, n=x.shape[2])
     return EvaluationData(TensorDataset(permute_pixels(x, order), y), notes=data.notes)
