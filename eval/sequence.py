@@ -45,7 +45,7 @@ def main(
         Path | None,
         typer.Option(metavar="PATH", envvar="SMPCONV_DATA", help="Folder with the data that no package holds."),
     ] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch MNIST or CIFAR-10 if it is not there.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Fetch data that are not there.")] = False,
     dropped: Annotated[
         list[int] | None,
         typer.Option(min=0, max=99, help="Percent of the time steps that are left out; several may be given."),

@@ -6,17 +6,20 @@ usage.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import timm
 import torch
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from smpconv_zoo._version import __version__
 from smpconv_zoo.benchmarks.cpu import PEERS, CpuTime, bench_cpu
@@ -31,14 +34,17 @@ from smpconv_zoo.console import EXPECTED_ERRORS
 from smpconv_zoo.console import print_table as _print_table
 from smpconv_zoo.console import progress_bar as _progress
 from smpconv_zoo.console import sentence as _sentence
+from smpconv_zoo.data.checking import CheckedData, check_data
+from smpconv_zoo.data.fetching import Fetched, fetch
 from smpconv_zoo.data.folders import open_pictures, unreadable_pictures
+from smpconv_zoo.data.sources import SOURCES, DataSource
 from smpconv_zoo.data.stand_in import write_stand_in
 from smpconv_zoo.environment import keep_freed_memory, usable_device
 from smpconv_zoo.evaluation.classification import EvaluationResult, evaluate_checkpoint
 from smpconv_zoo.evaluation.figures import require_matplotlib
 from smpconv_zoo.evaluation.report import HEADER, table_row, write_report
 from smpconv_zoo.evaluation.resolution import ResolutionResult, evaluate_resolution
-from smpconv_zoo.evaluation.test_sets import eval_command, open_test_set
+from smpconv_zoo.evaluation.test_sets import TEST_PARTS, eval_command, open_test_set
 from smpconv_zoo.exported import FORMATS
 from smpconv_zoo.exporting import Exported, export_network
 from smpconv_zoo.importing import Imported, import_checkpoint
@@ -64,6 +70,13 @@ CHECKPOINTS = ("checkpoint", "parameters", "status", "data", "paper top-1", "mea
 _VERDICTS = {True: "ok", False: "FAILED", None: "skipped"}
 NETWORKS = ("network", "parameters", "family", "input", "classes")
 
+DATA_SETS = ("name", "data", "bytes to fetch", "held against", "licence")
+_TRUSTED = {
+    "published": "the published one",
+    "first use": "trusted on first use, and recorded",
+    "known": "the one recorded before",
+    "accepted": "another than the one recorded before, accepted as asked",
+}
 PREDICTIONS = ("file", "index", "rank", "label", "class", "probability")
 
 SEQUENCE_TIMES = (
@@ -252,8 +265,15 @@ def eval_(
         ),
     ] = None,
     download: Annotated[
-        bool, typer.Option("--download", help="Fetch MNIST or CIFAR-10 into the folder if it is not there.")
+        bool, typer.Option("--download", help="Fetch data that are not there into the folder; ImageNet needs a login.")
     ] = False,
+    protocol: Annotated[
+        str,
+        typer.Option(
+            help=f"How the test part is made: {', '.join(TEST_PARTS)}. Of Speech Commands and permuted MNIST it can be "
+            "in several ways."
+        ),
+    ] = "sound",
     batch_size: BatchSize = 100,
     workers: Workers = 4,
     device: Device = "cpu",
@@ -261,7 +281,7 @@ def eval_(
     as_json: Json = False,
 ) -> None:
     """Measure the top-1 accuracy of checkpoints beside the paper's and the card's; status 1 if the card's differs."""
-    results = _evaluate(match_checkpoints(ids), batch_size, device, threads, workers, data_dir, download)
+    results = _evaluate(match_checkpoints(ids), batch_size, device, threads, workers, data_dir, download, protocol)
     if as_json:
         _print_json([_plain(result) for result in results])
     else:
@@ -660,18 +680,35 @@ def predict(
         raise typer.Exit(1)
 
 
-data = typer.Typer(no_args_is_help=True, help="Look at data sets of pictures, and make stand-ins.")
+data = typer.Typer(no_args_is_help=True, help="Fetch data sets, look at those that are here, and make stand-ins.")
 app.add_typer(data, name="data")
 
 
 @data.command("check", epilog="Example: `smpconv-zoo data check ~/in1k --full`")
 def data_check(
-    place: Annotated[str, typer.Argument(metavar="DIR", help="Class folders, tar files, shards, or hfds/NAME.")],
-    full: Annotated[bool, typer.Option("--full", help="Decode every picture; its header and its end if not.")] = False,
+    place: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR",
+            help="Pictures in class folders, tar files, shards or hfds/NAME; or the files of MNIST, CIFAR-10, "
+            "Speech Commands, or a set in .ts files.",
+        ),
+    ],
+    full: Annotated[
+        bool, typer.Option("--full", help="Decode every picture or recording; its header and its end if not.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Threads.")] = 8,
     as_json: Json = False,
 ) -> None:
-    """Count pictures and classes, and name every file that cannot be read; status 1 if there is one."""
+    """Count samples and classes, and name every file that cannot be read; status 1 if there is one.
+
+    Of the data of the authors' tasks it also says how they would be split, by either protocol.
+    """
+    with _progress("files") as progress:
+        found = check_data(Path(place).expanduser(), full, progress)
+    if found is not None:
+        _print_checked(found, as_json)
+        return
     pictures = open_pictures(place)
     with _progress("pictures") as progress:
         bad = unreadable_pictures(pictures, full=full, workers=workers, progress=progress)
@@ -690,6 +727,72 @@ def data_check(
     if bad:
         typer.echo(f"smpconv-zoo: {len(bad):,} pictures cannot be read", err=True)
         raise typer.Exit(1)
+
+
+@data.command(
+    "fetch",
+    epilog="Example: `smpconv-zoo data fetch mnist --data-dir ~/data`, or `smpconv-zoo data fetch --list`",
+)
+def data_fetch(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help=f"Of {', '.join(SOURCES)}; or all.")
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", envvar="SMPCONV_DATA", help="Folder to put them into.")
+    ] = None,
+    list_: Annotated[
+        bool, typer.Option("--list", help="Show what there is, its size and licence; fetch nothing.")
+    ] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="Another address of the archive (of mnist, of the folder of its four), or its path here; a published "
+            "sha256 has to be its."
+        ),
+    ] = None,
+    accept_new: Annotated[
+        bool, typer.Option("--accept-new", help="Take another archive than the one fetched before.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what lies in their place and is not them.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the archives in DIR/.smpconv-data.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Fetch the data of the authors' tasks from where they are published; what is here already is not fetched again.
+
+    A download that stopped is gone on with. Every archive is held against the published sha256; where nobody publishes
+    one, the first is trusted, recorded, and the only one that is taken from then on.
+    """
+    if list_:
+        if as_json:
+            _print_json([_source_facts(source) for source in SOURCES.values()])
+        else:
+            _print_table(DATA_SETS, [_source_row(source) for source in SOURCES.values()], numbers=(2,))
+        return
+    if not names or data_dir is None:
+        raise typer.BadParameter("name the data and, by --data-dir, a folder; --list shows what there is")
+    chosen = [name for name, source in SOURCES.items() if source.files] if names == ["all"] else names
+    if url is not None and len(chosen) > 1:
+        raise typer.BadParameter("--url is the address of one archive: name one data set")
+    results = []
+    for name in chosen:
+        with _transfer() as progress:
+            results.append(
+                fetch(
+                    name,
+                    data_dir,
+                    url=url,
+                    accept_new=accept_new,
+                    force=force,
+                    keep=keep,
+                    progress=progress,
+                    on_note=_echo_note,
+                )
+            )
+        if not as_json:
+            for line in _fetch_lines(results[-1]):
+                typer.echo(line)
+    if as_json:
+        _print_json([_plain(result) for result in results])
 
 
 @data.command("stand-in", epilog="Example: `smpconv-zoo data stand-in stand_in --classes 100 --per-class 128`")
@@ -865,6 +968,54 @@ def bench_op(
         _print_table(OPERATOR_TIMES, [_operator_row(result) for result in results], numbers=range(3, 7))
 
 
+def _source_row(source: DataSource) -> tuple[str, ...]:
+    size = "login needed" if not source.files else "not known" if source.bytes is None else f"{source.bytes:,}"
+    published = all(file.sha256 for file in source.files)
+    checked = "-" if not source.files else "published sha256" if published else "the first fetched"
+    return source.name, source.title, size, checked, source.licence
+
+
+def _source_facts(source: DataSource) -> dict[str, Any]:
+    facts = dataclasses.asdict(dataclasses.replace(source, rename=str))
+    del facts["rename"]
+    return facts | {"bytes": source.bytes}
+
+
+def _fetch_lines(done: Fetched) -> Iterator[str]:
+    for file in done.sources if done.changed else ():
+        yield f"read    {file.url} ({file.bytes:,} bytes)"
+        yield f"sha256  {file.sha256}, {_TRUSTED[file.trusted]}"
+    yield f"{'wrote' if done.changed else 'kept ':7} {done.place}: {done.files:,} files, {done.bytes:,} bytes"
+    if not done.changed:
+        yield (
+            f"They are here, fetched on {done.date}: nothing was done."
+            if done.date
+            else ("They were here, and not from this command: they were looked at, and nothing was done.")
+        )
+
+
+def _print_checked(found: CheckedData, as_json: bool) -> None:
+    unreadable = [{"file": name, "reason": reason} for name, reason in found.unreadable]
+    if as_json:
+        facts = _plain(found) | {"place": str(found.place), "samples": found.samples, "unreadable": unreadable}
+        _print_json(facts)
+    else:
+        counts = ", ".join(f"{count:,} {part}" for part, count in found.files.items()) or "nothing that can be read"
+        typer.echo(f"{found.place}: {found.name}, {found.classes:,} classes, {counts}")
+        for name, parts in found.protocols.items():
+            typer.echo(
+                f"protocol {name}: learns from {parts['train']:,}, chooses by {parts['chosen_by']:,}, is tested on "
+                f"{parts['test']:,} ({parts['split']})"
+            )
+        for note in found.notes:
+            typer.echo(note)
+        for name, reason in found.unreadable:
+            typer.echo(f"{name}: {reason}")
+    if found.unreadable:
+        typer.echo(f"smpconv-zoo: {len(found.unreadable):,} files cannot be used", err=True)
+        raise typer.Exit(1)
+
+
 def _prepare(device: str, threads: int | None, out: Path | None) -> torch.device:
     """The device of a benchmark, and a place for its record, before any time is spent."""
     if out is not None and not out.parent.is_dir():
@@ -1003,11 +1154,15 @@ def _evaluate(
     workers: int = 0,
     data_dir: Path | None = None,
     download: bool = False,
+    protocol: str = "sound",
 ) -> list[EvaluationResult]:
     if threads is not None:
         torch.set_num_threads(threads)
     # All data are opened before the first network is loaded: nothing is computed in vain.
-    opened = {name: open_test_set(card_in_use(name), data_dir, download) for name in ids}
+    with _transfer() as progress:
+        opened = {
+            name: open_test_set(card_in_use(name), data_dir, download, protocol, progress, _echo_note) for name in ids
+        }
     results = []
     for name, data in opened.items():
         with _progress(name) as progress:
@@ -1017,6 +1172,26 @@ def _evaluate(
                 )
             )
     return results
+
+
+@contextlib.contextmanager
+def _transfer() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr for each file that is fetched or unpacked, in bytes, while there is someone to see it."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bar.add_task(what, total=None)
+            bar.update(tasks[what], completed=done, total=total or None)
+
+        yield show
+
+
+def _echo_note(sentence: str) -> None:
+    typer.echo(f"smpconv-zoo: {sentence}", err=True)
 
 
 def _echo_epoch(epoch: EpochLog, err: bool = False) -> None:
@@ -1033,7 +1208,7 @@ def _exit_on_difference(results: Sequence[EvaluationResult]) -> None:
 
 
 def _print_results(results: Sequence[EvaluationResult]) -> None:
-    _print_table(HEADER, [table_row(result) for result in results], numbers=range(2, len(HEADER)))
+    _print_table(HEADER, [table_row(result) for result in results], numbers=range(3, len(HEADER)))
     for result in results:
         for note in result.notes:
             typer.echo(f"{result.id}: {note}")

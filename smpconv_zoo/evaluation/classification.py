@@ -18,7 +18,7 @@ from smpconv_zoo.models.build import sample_shape
 from smpconv_zoo.pretrained.cards import CheckpointCard, MeasuredResult, PaperResult
 from smpconv_zoo.pretrained.home import card_in_use
 
-__all__ = ["EvaluationResult", "evaluate_checkpoint", "load_pretrained", "predict", "top1"]
+__all__ = ["EvaluationResult", "chosen_by_protocol", "evaluate_checkpoint", "load_pretrained", "predict", "top1"]
 
 Progress = Callable[[int, int], None]
 
@@ -34,6 +34,10 @@ class EvaluationResult:
     ``agrees`` says whether ``correct`` and ``total`` are exactly the integers of ``measured``, None where it declares
     nothing. ``confusion[t][p]`` counts the samples of class ``t`` that were taken for class ``p``, None if there are
     more than a hundred classes. ``notes`` are sentences without which the figures would be misread.
+
+    ``protocol`` is how the weights were chosen: ``"reference"``, on the test part, as the authors do, which makes the
+    figure too good; ``"sound"``, on a validation part; None where the card does not say. ``test_part`` is how the part
+    that was measured on was made, one of :data:`~smpconv_zoo.evaluation.test_sets.TEST_PARTS`.
     """
 
     id: str
@@ -45,6 +49,8 @@ class EvaluationResult:
     measured: MeasuredResult | None
     agrees: bool | None
     confusion: tuple[tuple[int, ...], ...] | None
+    protocol: str | None
+    test_part: str
     notes: tuple[str, ...]
     device: str
     versions: dict[str, str]
@@ -55,6 +61,7 @@ def evaluate_checkpoint(
     *,
     data_dir: Path | None = None,
     data: EvaluationData | None = None,
+    test_part: str = "sound",
     batch_size: int = 100,
     workers: int = 0,
     device: str = "cpu",
@@ -68,6 +75,8 @@ def evaluate_checkpoint(
         data_dir: Folder with the data, for those that do not come with a package.
         data: The test part, if it has been opened already, see
             :func:`~smpconv_zoo.evaluation.test_sets.open_test_set`.
+        test_part: How it is made if it is opened here, one of
+            :data:`~smpconv_zoo.evaluation.test_sets.TEST_PARTS`.
         batch_size: Samples at a time.
         workers: Processes that read samples ahead from the disk.
         device: Where to compute.
@@ -86,7 +95,7 @@ def evaluate_checkpoint(
     target = usable_device(device)
     card = card_in_use(checkpoint_id)
     if data is None:
-        data = open_test_set(card, data_dir)
+        data = open_test_set(card, data_dir, protocol=test_part)
     model = load_pretrained(card).to(target)
     samples, notes = data.samples, data.notes
     if limit is not None and limit < len(data):
@@ -114,10 +123,22 @@ def evaluate_checkpoint(
         measured=measured,
         agrees=None if measured is None else (correct, len(y)) == (measured.correct, measured.total),
         confusion=_confusion(y, predicted),
+        protocol=chosen_by_protocol(card),
+        test_part=data.protocol,
         notes=notes,
         device=str(target),
         versions=versions(),
     )
+
+
+def chosen_by_protocol(card: CheckpointCard) -> str | None:
+    """How the weights of a card were chosen, ``"reference"``, ``"sound"``, None if unknown; see EvaluationResult.
+
+    The authors' were chosen on the test part, or, of ImageNet, on the validation part on which they are measured.
+    """
+    if card.training is None:
+        return None if card.paper is None else "reference"
+    return "reference" if "test part" in card.training.chosen_by else "sound"
 
 
 def load_pretrained(card: CheckpointCard) -> nn.Module:

@@ -41,6 +41,7 @@ class ImageSet:
         subset: timm's file of its classes, where they are not all 1,000.
         source: Where it is published.
         paper: Where it is described.
+        fetched: What `smpconv-zoo data fetch` calls it; None where a login is needed.
     """
 
     title: str
@@ -49,6 +50,7 @@ class ImageSet:
     subset: str | None
     source: str
     paper: str
+    fetched: str | None = None
 
 
 IMAGE_SETS = {
@@ -75,6 +77,7 @@ IMAGE_SETS = {
         None,
         "https://huggingface.co/datasets/vaishaal/ImageNetV2 (imagenetv2-matched-frequency.tar.gz)",
         "https://arxiv.org/abs/1902.10811",
+        "imagenet-v2",
     ),
     "a": ImageSet(
         "ImageNet-A",
@@ -83,6 +86,7 @@ IMAGE_SETS = {
         "imagenet_a_synsets.txt",
         "https://github.com/hendrycks/natural-adv-examples (imagenet-a.tar)",
         "https://arxiv.org/abs/1907.07174",
+        "imagenet-a",
     ),
     "r": ImageSet(
         "ImageNet-R",
@@ -91,6 +95,7 @@ IMAGE_SETS = {
         "imagenet_r_synsets.txt",
         "https://github.com/hendrycks/imagenet-r (imagenet-r.tar)",
         "https://arxiv.org/abs/2006.16241",
+        "imagenet-r",
     ),
     "sketch": ImageSet(
         "ImageNet-Sketch",
@@ -99,6 +104,7 @@ IMAGE_SETS = {
         None,
         "https://github.com/HaohanWang/ImageNet-Sketch",
         "https://arxiv.org/abs/1905.13549",
+        "imagenet-sketch",
     ),
     "pictures": ImageSet("pictures in folders of classes", None, None, None, "yours", ""),
 }
@@ -144,7 +150,8 @@ def open_image_set(name: str, where: str | Path, partial: bool = False) -> Image
     try:
         part = open_part(where)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{error}; {about.title} is at {about.source}") from error
+        fetch = f"`smpconv-zoo data fetch {about.fetched} --data-dir DIR` fetches it, " if about.fetched else ""
+        raise FileNotFoundError(f"{error}; {fetch}{about.title} is at {about.source}") from error
     if name == "pictures":
         return ImageTestSet(name, part, part.pictures.labels, None, len(part.classes), ())
     imagenet = ImageNetInfo().label_names()

@@ -1,6 +1,6 @@
-"""Tables in Markdown, read off the cards: the README's and the page of the folder `weights/`.
+"""Tables in Markdown: the README's and the page of the folder `weights/`, read off the cards; where data come from.
 
-`python -m smpconv_zoo.evaluation.tables` prints the one, with `--page` the other.
+`python -m smpconv_zoo.evaluation.tables` prints the first, with `--page` the second, with `--data` the third.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from smpconv_zoo.data.sources import SOURCES
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
 
-__all__ = ["checkpoint_table", "markdown_table", "weights_page"]
+__all__ = ["checkpoint_table", "data_tables", "markdown_table", "weights_page"]
 
 
 def checkpoint_table(root: str = "") -> str:
@@ -32,6 +33,23 @@ def weights_page() -> str:
         "# Checkpoints\n\nMade from the cards in this folder by `python -m smpconv_zoo.evaluation.tables --page`.\n\n"
         f"{checkpoint_table('../')}{sections}"
     )
+
+
+def data_tables() -> str:
+    """What `smpconv-zoo data fetch` knows: the sets, and below them their archives with the published digests."""
+    sets, archives = [], []
+    for source in SOURCES.values():
+        size = "" if source.bytes is None else f"{source.bytes:,}"
+        title = f"[{source.title}]({source.homepage})"
+        samples = f"{source.samples:,} {source.counted}"
+        sets.append((f"`{source.name}`", title, size, samples, source.licence, source.checksums, source.notes))
+        for file in source.files:
+            hosts = " or ".join(dict.fromkeys(url.split("/")[2] for url in file.urls))
+            size = "" if file.bytes is None else f"{file.bytes:,}"
+            archives.append((file.name, size, hosts, "not published" if file.sha256 is None else f"`{file.sha256}`"))
+    header = ("name", "data", "bytes to fetch", "holds", "licence", "digest published by", "notes")
+    below = markdown_table(("archive", "bytes", "from", "sha256"), archives, right=(1,))
+    return f"{markdown_table(header, sets, right=(2,))}\n{below}"
 
 
 def _row(card: CheckpointCard, root: str) -> tuple[str, ...]:
@@ -72,4 +90,5 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], right: 
 
 
 if __name__ == "__main__":
-    sys.stdout.write(weights_page() if "--page" in sys.argv else checkpoint_table())
+    page = weights_page if "--page" in sys.argv else data_tables if "--data" in sys.argv else checkpoint_table
+    sys.stdout.write(page())

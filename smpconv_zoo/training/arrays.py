@@ -21,7 +21,7 @@ from smpconv_zoo.data.mnist5k import mnist5k_images
 from smpconv_zoo.data.pictures import cifar10_test, cifar10_train, mnist_test, mnist_train
 from smpconv_zoo.data.protocol import character_trajectories, hold_out, labels_by_first_appearance, pixel_permutation
 from smpconv_zoo.data.series import load_series
-from smpconv_zoo.data.speech_commands import WORDS, speech_commands_parts
+from smpconv_zoo.data.speech_commands import WORDS, clip_order, speech_commands_parts
 from smpconv_zoo.data.ts_files import read_ts_parts
 from smpconv_zoo.evaluation.test_sets import find_data_set
 from smpconv_zoo.layers import SMPConv1d
@@ -433,10 +433,14 @@ def _speech(request: _Request) -> Parts:
     recipe = request.recipe
     wanted = ("train", "test" if request.reference else "validation")
     parts = speech_commands_parts(
-        request.place, recipe.features == "mfcc", wanted, recipe.dropped, progress=request.progress
+        request.place,
+        recipe.features == "mfcc",
+        wanted,
+        recipe.dropped,
+        progress=request.progress,
+        protocol=recipe.protocol,
     )
-    note = "the split follows the sorted names of the clips; the authors' followed their directory, and is not known"
-    return _pooled(request, parts, WORDS, (note,))
+    return _pooled(request, parts, WORDS, (clip_order(request.place, recipe.protocol),))
 
 
 def _pooled(

@@ -120,12 +120,13 @@ def open_test_set_of_run(
         dropped: Percent of the time steps that are left out; as in training if None.
     """
     card = task_of_run(recipe)
-    share = recipe.dropped if dropped is None else dropped
+    # Of clips that were learned from in the order of a directory, those that were not are told by the same order.
+    part: Any = {"protocol": recipe.protocol, "dropped": recipe.dropped if dropped is None else dropped}
     if recipe.permutation_seed is None:
-        return open_test_set(card, data_dir, download, dropped=share)
+        return open_test_set(card, data_dir, download, **part)
     # In the order of its seed: that of a checkpoint travels with the weights, and may be another.
     plain = dataclasses.replace(card, data=dataclasses.replace(card.data, input="sequence"))
-    data = open_test_set(plain, data_dir, download, dropped=share)
+    data = open_test_set(plain, data_dir, download, **part)
     x, y = default_collate([data.samples[i] for i in range(len(data))])
     order = pixel_permutation(recipe.permutation_seed, n=x.shape[2])
     return EvaluationData(TensorDataset(permute_pixels(x, order), y), notes=data.notes)
