@@ -24,6 +24,7 @@ ORDER = (
     ("kernels",),
     ("ops",),
     ("merged",),
+    ("baselines",),
     ("layers",),
     ("resolution",),
     ("pretrained",),
@@ -69,7 +70,7 @@ ORDER_WITHIN = {
     "models": (("sizes",), ("build",), ("image", "sequence"), ("__init__",)),
     "data": (
         ("folders", "mfcc", "protocol", "stand_in", "ts_files"),
-        ("mnist5k", "series", "speech_commands"),
+        ("mnist1d", "mnist5k", "series", "speech_commands", "ucr"),
         ("classes", "pictures", "stand_in_arrays"),
         ("__init__",),
     ),
@@ -184,6 +185,7 @@ def test_triton_is_imported_only_where_a_gpu_needs_it() -> None:
 
 
 OPTIONAL = (
+    "aeon",
     "datasets",
     "matplotlib",
     "mlxtend",

@@ -1,7 +1,7 @@
 """The test part of the data that a card names, sample by sample, as the network takes it.
 
-Two data sets are always at hand where the extra `data` is installed; the others lie in a folder of the user's. Nothing
-is downloaded unasked.
+MNIST-1D is always at hand, MNIST-5k and the series of the UCR archive are where the package is installed that they come
+with; the others lie in a folder of the user's. Nothing is downloaded unasked.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from smpconv_zoo.data import pictures
+from smpconv_zoo.data.mnist1d import mnist1d_sequences
 from smpconv_zoo.data.mnist5k import mnist5k_images, mnist5k_sequences
 from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
 from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest, speech_commands_parts
 from smpconv_zoo.data.ts_files import read_ts_parts
+from smpconv_zoo.data.ucr import UCR_SETS, load_ucr
 from smpconv_zoo.pretrained.cards import CheckpointCard
 from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError
 
-__all__ = ["EvaluationData", "batches", "eval_command", "find_data_set", "open_test_set"]
+__all__ = ["EvaluationData", "batches", "dropped_share", "eval_command", "find_data_set", "open_test_set"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ class _OnDisk:
 
 
 def open_test_set(
-    card: CheckpointCard, data_dir: Path | None = None, download: bool = False, dropped: int = 0
+    card: CheckpointCard, data_dir: Path | None = None, download: bool = False, dropped: int | None = None
 ) -> EvaluationData:
     """The test part of a card's data. Files are looked for and their form is checked; no network is loaded.
 
@@ -72,7 +74,7 @@ def open_test_set(
         data_dir: The user's folder with the data; without it only built-in data are found.
         download: Whether to fetch data that are not in ``data_dir``, where torchvision can.
         dropped: Percent of the time steps of each sequence that are left out, with the mask of the others as one more
-            channel.
+            channel; as the card says if None.
 
     Raises:
         FileNotFoundError: The data are not there; the message says which are needed and how to get them.
@@ -82,9 +84,12 @@ def open_test_set(
         ImportError: A package that takes part is not installed.
     """
     key = (card.data.name, card.data.input)
-    if dropped and key not in _DROPPED:
-        recorded = " and ".join(dict.fromkeys(name for name, _ in _DROPPED))
-        raise ValueError(f"time steps are dropped from what was recorded, {recorded}, not from {key[0]}")
+    share = dropped_share(card) if dropped is None else dropped
+    if share != dropped_share(card) and key[0] in UCR_SETS:
+        return EvaluationData(TensorDataset(*load_ucr(key[0], share).test))
+    if share != dropped_share(card) and key not in _DROPPED_FORMS:
+        recorded = ", ".join(dict.fromkeys(name for name, _ in _DROPPED_FORMS))
+        raise ValueError(f"time steps are dropped from what was recorded, {recorded} or series, not from {key[0]}")
     if key in _BUILT_IN:
         return EvaluationData(_BUILT_IN[key](card))
     if key not in _FORMS:
@@ -93,13 +98,18 @@ def open_test_set(
     source = _ON_DISK[card.data.name]
     what = source.part + source.what
     place = find_data_set(card.data.name, data_dir, download, f"{card.id} is measured on {what}", eval_command(card))
-    data = _DROPPED[key](place, dropped) if dropped else _FORMS[key](card, place)
+    data = _DROPPED_FORMS[key](place, share) if share else _FORMS[key](card, place)
     if not len(data):
         raise ValueError(f"{place} holds {what} without a single sample")
     if len(data) != source.samples:
         short = f"{place} gives {len(data):,} test samples, the authors have {source.samples:,}: not the same data"
         data = dataclasses.replace(data, notes=(*data.notes, short))
     return data
+
+
+def dropped_share(card: CheckpointCard) -> int:
+    """Percent of the time steps that are left out of what a card is about."""
+    return _DROPPED.get(card.data.input, 0)
 
 
 def find_data_set(name: str, data_dir: Path | None, download: bool, need: str, command: str) -> Path:
@@ -251,6 +261,14 @@ def _mnist5k_permuted(card: CheckpointCard) -> Dataset[Any]:
     return TensorDataset(*mnist5k_sequences("test", order))
 
 
+def _mnist1d(card: CheckpointCard) -> Dataset[Any]:
+    return TensorDataset(*mnist1d_sequences("test"))
+
+
+def _ucr(card: CheckpointCard) -> Dataset[Any]:
+    return TensorDataset(*load_ucr(card.data.name, dropped_share(card)).test)
+
+
 def _imagenet(card: CheckpointCard, place: Path) -> EvaluationData:
     cfg: Any = timm.get_pretrained_cfg(card.id)
     transform = create_transform(**resolve_data_config(pretrained_cfg=cfg.to_dict()), is_training=False)
@@ -322,11 +340,15 @@ def _dropped_speech(place: Path, as_mfcc: bool, dropped: int) -> EvaluationData:
     return EvaluationData(TensorDataset(*parts["test"]), notes=(_SPEECH_NOTE,))
 
 
+# Form of the input of a card -> percent of its time steps that were taken away.
+_DROPPED = {"sequence": 0, **{f"sequence, {rate} % dropped": rate for rate in (30, 50, 70)}}
 # (data set, form of the input) of a card -> its test part.
 _BUILT_IN: dict[tuple[str, str], Callable[[CheckpointCard], Dataset[Any]]] = {
     ("mnist5k", "sequence"): _mnist5k,
     ("mnist5k", "permuted sequence"): _mnist5k_permuted,
     ("mnist5k", "image 28 x 28"): _mnist5k_images,
+    ("mnist1d", "sequence"): _mnist1d,
+    **{(name, form): _ucr for name in UCR_SETS for form in _DROPPED},
 }
 _FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path], EvaluationData]] = {
     ("ImageNet-1k", "image 224 x 224"): _imagenet,
@@ -338,7 +360,7 @@ _FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path], EvaluationData]] 
     ("Speech Commands, 10 words", "161 frames of 20 MFCCs"): _speech_mfcc,
     ("Speech Commands, 10 words", "waveform of 16,000 samples"): _speech_raw,
 }
-_DROPPED: dict[tuple[str, str], Callable[[Path, int], EvaluationData]] = {
+_DROPPED_FORMS: dict[tuple[str, str], Callable[[Path, int], EvaluationData]] = {
     ("CharacterTrajectories", "sequence of 182 steps"): _dropped_trajectories,
     ("Speech Commands, 10 words", "161 frames of 20 MFCCs"): _dropped_mfcc,
     ("Speech Commands, 10 words", "waveform of 16,000 samples"): _dropped_raw,
