@@ -15,7 +15,7 @@ from smpconv_zoo.console import print_table, progress_bar, run_script
 from smpconv_zoo.evaluation.accuracy import DTYPES, as_csv, as_json, check_records_path, write_records
 from smpconv_zoo.evaluation.candidates import Candidate, find_candidates, is_sequence
 from smpconv_zoo.evaluation.sequence_accuracy import HEADER, SequenceResult, evaluate_sequences, sequence_row
-from smpconv_zoo.evaluation.test_sets import EvaluationData, open_test_set
+from smpconv_zoo.evaluation.test_sets import EvaluationData, dropped_share, open_test_set
 from smpconv_zoo.pretrained.cards import CheckpointCard
 from smpconv_zoo.training.recipe import PROTOCOLS, SequenceRecipe, list_recipes, load_recipe
 from smpconv_zoo.training.run_weights import (
@@ -136,7 +136,7 @@ def _tasks(
                 )
             protocol = load_recipe(card.id).protocol if card.id in list_recipes() else None
             stated = Candidate(candidate.name, candidate.weights, candidate.build, card, protocol=protocol)
-            for rate in dropped or [0]:
+            for rate in dropped or [dropped_share(card)]:
                 try:
                     tasks.append((stated, card, rate, open_test_set(card, data_dir, download, dropped=rate)))
                 except FileNotFoundError as error:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from smpconv_zoo.baselines import SineConv1d
 from smpconv_zoo.description import Description, load_described
 from smpconv_zoo.environment import usable_device
 from smpconv_zoo.exported import EXTRA_FILE, FORMATS, METADATA, open_exported, require
@@ -171,7 +172,9 @@ def plain_network(model: nn.Module) -> nn.Module:
 
 def _plain(module: nn.Module) -> nn.Module | None:
     """PyTorch's own convolution in place of one of this package; None for any other module."""
-    if isinstance(module, SMPConv1d | SMPConv2d):  # beside a norm of another kind than those that can be folded
+    if isinstance(
+        module, SMPConv1d | SMPConv2d | SineConv1d
+    ):  # beside a norm of another kind than those that can be folded
         module = module.fuse()
     if isinstance(module, MergedConv2d):
         return _plain_2d(module.weight, module.bias, module.weight.size(0) if module.depthwise else 1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 from torch.utils.hooks import RemovableHandle
 
+from smpconv_zoo.baselines import SineConv1d
 from smpconv_zoo.kernels import NORMALIZATIONS, render_kernel
 from smpconv_zoo.merged import (
     ChannelAffine,
@@ -604,9 +605,10 @@ class ActivatedPair(nn.Module):
     def _convolve_both(self, x: Tensor) -> tuple[Tensor, Tensor]:
         large: Any = self.large.conv
         small: Any = self.small.conv
-        if not isinstance(large, SMPConv1d | SMPConv2d) or not unheard(large) or not _is_plain(small):
+        generated = isinstance(large, SMPConv1d | SMPConv2d | SineConv1d)
+        if not (generated or type(large) is CausalConv1d) or not unheard(large) or not _is_plain(small):
             return large(x), small(x)
-        kernel = large.kernel_for(x)
+        kernel = large.kernel_for(x) if generated else large.weight[:, :, -x.size(2) :]
         if can_run_pair(x, kernel, small.weight):
             return convolve_pair(x, kernel, small.weight, large.bias, small.bias)
         convolve = causal_conv1d if x.dim() == 3 else conv2d
@@ -661,6 +663,8 @@ def _one_convolution(branches: Sequence[nn.Module]) -> MergedConv1d | MergedConv
         conv: Any = branch.conv
         if isinstance(conv, SMPConv1d):
             kernel, each = conv._newest_taps(), None
+        elif isinstance(conv, SineConv1d):
+            kernel, each = conv.kernel().detach(), None
         elif isinstance(conv, SMPConv2d):
             kernel, each = conv._widest_kernel(conv.grid), conv.depthwise
         elif _keeps_size(conv):
@@ -673,7 +677,7 @@ def _one_convolution(branches: Sequence[nn.Module]) -> MergedConv1d | MergedConv
         depthwise = each
         kernels.append(folded[0])
         biases.append(folded[1])
-    weight: Any = conv.weight
+    weight: Any = next(conv.parameters())
     bias = torch.stack(biases).sum(0).to(weight)
     if depthwise is None:
         return MergedConv1d(newest_sum(kernels).to(weight).contiguous(), bias)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from smpconv_zoo.data.folders import convert_picture
 from smpconv_zoo.data.series import SEQUENCE_FILES, read_sequences
 from smpconv_zoo.description import Description, Preprocessing, load_described
 from smpconv_zoo.environment import usable_device
@@ -234,9 +235,7 @@ class Reader:
             raise ValueError(f"a picture has 1 or 3 channels, the network takes {channels}")
         try:
             with Image.open(path) as opened:
-                if opened.mode.startswith(("I", "F")):
-                    raise ValueError(f"pixels of more than 8 bits (mode {opened.mode}) are not taken")
-                image = opened.convert("L" if channels == 1 else "RGB")
+                image = convert_picture(opened, "L" if channels == 1 else "RGB")
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow has SyntaxErrors for bad files
             raise ValueError(f"it cannot be read as an image: {_line(error)}") from error
         if self.transform is not None:

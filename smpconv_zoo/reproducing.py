@@ -18,7 +18,7 @@ from smpconv_zoo.evaluation.image_accuracy import evaluate_pictures
 from smpconv_zoo.evaluation.image_sets import open_image_set
 from smpconv_zoo.evaluation.paper_tables import PaperRow, PaperTable, paper_tables
 from smpconv_zoo.evaluation.sequence_accuracy import evaluate_sequences
-from smpconv_zoo.evaluation.test_sets import find_data_set, open_test_set
+from smpconv_zoo.evaluation.test_sets import dropped_share, find_data_set, open_test_set
 from smpconv_zoo.pretrained.cards import CheckpointCard, checkpoint_card, list_checkpoints
 from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.store import how_to_get
@@ -193,7 +193,7 @@ def _own_row(card: CheckpointCard, options: Options, processes: Processes, told:
         row=card.id,
         checkpoint=card.id,
         data=f"{card.data.name}, {card.data.input}",
-        dropped=0,
+        dropped=dropped_share(card),
         parameters=f"{card.parameters:,}",
         protocol=load_recipe(card.id).protocol if card.id in list_recipes() else None,
         paper=card.measured.top1,

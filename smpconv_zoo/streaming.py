@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from smpconv_zoo.baselines import SineConv1d
 from smpconv_zoo.kernels import render_kernel
 from smpconv_zoo.layers import ActivatedPair, CausalConv1d, MergedConv1d, MergedPair, SMPConv1d
 from smpconv_zoo.models import SMPConvTCN
@@ -231,7 +232,7 @@ def _read_pair(pair: object, name: str) -> _Pair:
     if not isinstance(pair, ActivatedPair) or not pair.relu:
         raise TypeError(f"a stream needs an ActivatedPair with a ReLU in place {name}, got {type(pair).__name__}")
     large, small = pair.large.conv, pair.small.conv
-    if not isinstance(large, SMPConv1d) or not isinstance(small, CausalConv1d):
+    if not isinstance(large, SMPConv1d | SineConv1d | CausalConv1d) or not isinstance(small, CausalConv1d):
         raise TypeError(
             f"a stream needs SMPConv1d and CausalConv1d in {name}, got {type(large).__name__} and "
             f"{type(small).__name__}"
@@ -244,12 +245,16 @@ def _read_pair(pair: object, name: str) -> _Pair:
     kernel = sum(F.pad(kernel, (taps - kernel.size(2), 0)) for kernel, _ in parts)
     bias = sum(bias for _, bias in parts)
     assert isinstance(kernel, Tensor) and isinstance(bias, Tensor)
-    dtype = large.weight.dtype
+    dtype = small.weight.dtype
     return _Pair(kernel.to(dtype).contiguous(), bias.to(dtype))
 
 
-def _newest_taps(layer: SMPConv1d) -> Tensor:
-    """The kernel without the old taps that no point touches."""
+def _newest_taps(layer: SMPConv1d | SineConv1d | CausalConv1d) -> Tensor:
+    """The kernel, of points without the old taps that none touches."""
+    if isinstance(layer, CausalConv1d):
+        return layer.weight
+    if isinstance(layer, SineConv1d):
+        return layer.kernel()
     grid = layer.grid[:, layer.kernel_size[0] - layer.reach() :]
     return render_kernel(layer.coords, layer.radius, layer.weight, grid, layer.normalization)
 

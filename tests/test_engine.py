@@ -9,11 +9,13 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from smpconv_zoo.training.recipe import make_recipe
 from smpconv_zoo.training.run_folder import RunFolder
 from smpconv_zoo.training.running import train
 from smpconv_zoo.training.sync_norm import convert_sync_batch_norm
-from smpconv_zoo.training.world import World
+from smpconv_zoo.training.world import World, join_world
 
 CPU = torch.device("cpu")
 RECIPE: dict[str, Any] = {
@@ -188,7 +190,11 @@ def test_a_step_in_parts_is_the_step_on_the_whole():
         torch.testing.assert_close(a, b, msg=name, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.99}, {"clip_grad": 1.0, "micro_batches": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ema_decay": 0.99}, {"clip_grad": 1.0, "micro_batches": 2}, {"dtype": "float16", "clip_grad": 1.0}],
+    ids=str,
+)
 def test_a_run_that_was_cut_anywhere_goes_on_bit_for_bit(tmp_path, changes):
     unbroken = engine(tmp_path / "unbroken", **changes)
     unbroken.fit()
@@ -216,6 +222,50 @@ def test_a_run_that_was_cut_anywhere_goes_on_bit_for_bit(tmp_path, changes):
         assert len(rows[0]) == 1 + RECIPE["epochs"]
         ours, theirs = (load_file(path / "best.safetensors") for path in (folder, tmp_path / "unbroken"))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_run_in_half_precision_learns_as_in_single(dtype):
+    """Losses within 1 %: those of bfloat16 carry 8 bits, and the order of the samples is the same."""
+    changes: dict[str, Any] = {"arguments": {"block_drop_rate": 0.0}}
+    single, half = engine(**changes), engine(**changes, dtype=dtype)
+    scales = []
+    half.on_step = lambda done, total: scales.append(half.step.scaler.get_scale())
+    expected, found = single.fit().last, half.fit().last
+    assert found.train_loss == pytest.approx(expected.train_loss, rel=1e-2)
+    assert found.validation_loss == pytest.approx(expected.validation_loss, rel=1e-2)
+    assert found.train_loss != expected.train_loss
+    assert all(p.dtype == torch.float32 for p in half.model.parameters())
+    # Losses are scaled in float16 alone.
+    assert (scales[0] > 1) == (dtype == "float16")
+
+
+def test_a_step_that_overflows_in_float16_is_left_out_and_the_scale_lowered():
+    trainer = engine(dtype="float16", epochs=1, warmup_epochs=0)
+    trainer.step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = copy.deepcopy(trainer.model)
+    weights = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.step(*next(iter(trainer.data.epoch(0))))
+    assert all(torch.equal(a, b) for a, b in zip(weights, trainer.model.parameters(), strict=True))
+    assert trainer.step.scaler.get_scale() == 2.0**39
+    for _ in range(40):
+        trainer.step(*next(iter(trainer.data.epoch(0))))
+    pairs = zip(before.parameters(), trainer.model.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, and there is none here")
+def test_a_compiled_run_learns_the_same_and_its_checkpoints_do_not_show_it(tmp_path):
+    changes: dict[str, Any] = {"arguments": {"block_drop_rate": 0.0}, "epochs": 2}
+    plain = engine(tmp_path / "plain", **changes)
+    compiled = engine(tmp_path / "compiled", compile=True, **changes)
+    expected, found = plain.fit().last, compiled.fit().last
+    # Fused kernels round otherwise.
+    assert found.train_loss == pytest.approx(expected.train_loss, rel=1e-4)
+    assert found.validation_loss == pytest.approx(expected.validation_loss, rel=1e-3)
+    again = engine(tmp_path / "compiled", **changes)
+    again.resume()
+    assert_same_weights(again.model, compiled.model)
 
 
 def test_a_run_in_parts_logs_every_step_once(tmp_path):
@@ -448,6 +498,34 @@ def torchrun(script: Path, *arguments: object, processes: int, restarts: int = 5
 def epochs_of(folder: Path) -> list[dict[str, Any]]:
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [entry for entry in entries if entry["kind"] == "epoch"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 and WORLD_SIZE=2 do not fit: processes are numbered from 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no number of a process: start by torchrun"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR and MASTER_PORT say where processes meet, and one is missing"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "port .* is in use on 127.0.0.1"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "process 2 of 2 did not find the others at 127"),
+    ],
+    ids=["rank", "number", "nowhere", "port", "alone"],
+)
+def test_processes_that_do_not_find_each_other_are_told_why(monkeypatch, variables, sentence):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with socket.socket() as taken:
+        # The first process listens at this port, which is taken; the second finds nobody who answers there.
+        taken.bind(("127.0.0.1", 0))
+        if variables["RANK"] == "0":
+            taken.listen()
+        if "MASTER_ADDR" in variables:
+            monkeypatch.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        error = ConnectionError if "MASTER_ADDR" in variables or sentence.startswith("MASTER") else ValueError
+        with pytest.raises(error, match=sentence), join_world("cpu", timedelta(seconds=3)):
+            pass
 
 
 def test_a_dead_process_is_started_again_and_a_run_goes_on_with_more_processes(tmp_path):

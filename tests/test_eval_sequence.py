@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from smpconv_zoo.data.mnist5k import mnist5k_images
 from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
 from smpconv_zoo.data.speech_commands import speech_commands_parts
 from smpconv_zoo.data.ts_files import read_ts_parts
+from smpconv_zoo.data.ucr import load_ucr
 from smpconv_zoo.evaluation import candidates
 from smpconv_zoo.evaluation.test_sets import EvaluationData, open_test_set
-from smpconv_zoo.pretrained.cards import checkpoint_card
+from smpconv_zoo.pretrained.cards import Data, checkpoint_card
 from smpconv_zoo.training.recipe import SequenceRecipe, make_recipe
 from smpconv_zoo.training.run_weights import network_of_run, open_test_set_of_run
 from smpconv_zoo.training.running import train
@@ -114,6 +116,21 @@ def test_speech_with_dropped_samples(tmp_path: Path, form: str, channels: int) -
     assert x[:, -1].mean() == pytest.approx(0.3, abs=0.01)
 
 
+@pytest.mark.skipif(find_spec("aeon") is None, reason="needs aeon, which carries the series")
+def test_series_with_dropped_samples() -> None:
+    card = dataclasses.replace(checkpoint_card("smpconv_tcn_mnist.smnist5k"), measured=None)
+    for form, dropped, expected in (
+        ("sequence", None, 0),
+        ("sequence", 30, 30),
+        ("sequence, 50 % dropped", None, 50),
+        ("sequence, 50 % dropped", 0, 0),
+    ):
+        one = dataclasses.replace(card, data=Data("japanese-vowels", form, "as published"))
+        data = open_test_set(one, dropped=dropped)
+        x, y = load_ucr("japanese-vowels", expected).test
+        assert torch.equal(torch.stack([data.samples[i][0] for i in range(len(data))]), x) and len(data) == len(y)
+
+
 def test_a_run_of_its_own_order_of_pixels(script: Script, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     images, labels = write_mnist(tmp_path / "data", 21, range(0, 5000, 100))
@@ -132,7 +149,7 @@ def test_a_run_of_its_own_order_of_pixels(script: Script, tmp_path: Path) -> Non
         99.1,
     )
     code, out, err = script(tmp_path / "run", "--data-dir", tmp_path / "data", "--dropped", 30)
-    assert code == 1 and "dropped from what was recorded, CharacterTrajectories and Speech Commands" in err
+    assert code == 1 and "dropped from what was recorded, CharacterTrajectories, Speech Commands" in err
 
 
 def test_the_figure_of_a_card(script: Script, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -122,6 +122,23 @@ def test_images_are_prepared_as_by_timm(tmp_path: Path) -> None:
         assert row.probability == pytest.approx(expected[row.label].item(), abs=1e-5)
 
 
+def test_pictures_are_read_as_they_are_learned_from(tmp_path: Path) -> None:
+    """Turned as their EXIF says, 16-bit greys scaled and not clipped: as in training on a folder of one's own."""
+    rng = np.random.default_rng(0)
+    greys = rng.integers(0, 65536, (70, 60)).astype(np.uint16)
+    Image.fromarray(greys).save(tmp_path / "deep.png")
+    Image.fromarray(np.rint(greys / 257).astype(np.uint8)).save(tmp_path / "grey.png")
+    turned = Image.fromarray(rng.integers(0, 256, (90, 60, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    turned.transpose(Image.Transpose.ROTATE_270).save(tmp_path / "upright.png")
+    read = Reader(load_described("test_smpconv", untrained=True)[1].preprocessing).read
+    assert torch.equal(read(tmp_path / "deep.png"), read(tmp_path / "grey.png"))
+    assert torch.equal(read(tmp_path / "turned.png"), read(tmp_path / "upright.png"))
+    assert not torch.equal(read(tmp_path / "turned.png"), read(tmp_path / "grey.png"))
+
+
 def test_sequences_of_several_channels(tmp_path: Path) -> None:
     _, description = load_described("smpconv_tcn", untrained=True, arguments={"in_chans": 3, "dims": [4]})
     reader = Reader(description.preprocessing)
@@ -170,7 +187,7 @@ def bad_files(folder: Path) -> dict[str, str]:
     (folder / "text.png").write_text("no picture")
     (folder / "cut.png").write_bytes(whole[:-30])
     (folder / "empty.jpg").write_bytes(b"")
-    Image.fromarray(np.zeros((28, 28), np.uint16)).save(folder / "deep.png")
+    Image.fromarray(np.zeros((28, 28), np.float32)).save(folder / "deep.tiff")
     (folder / "text.npy").write_text("no array")
     np.save(folder / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     np.save(folder / "complex.npy", np.zeros(784, np.complex64))
@@ -184,7 +201,7 @@ def bad_files(folder: Path) -> dict[str, str]:
         "bytes.csv": "no .csv file",
         "complex.npy": "complex64, not numbers",
         "cut.png": "cannot be read as an image",
-        "deep.png": "more than 8 bits",
+        "deep.tiff": "floating-point numbers",
         "empty.csv": "no numbers",
         "empty.jpg": "cannot be read as an image",
         "four.npy": "is no sequence of 1 channels",

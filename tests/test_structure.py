@@ -25,6 +25,7 @@ ORDER = (
     ("kernels",),
     ("ops",),
     ("merged",),
+    ("baselines",),
     ("layers",),
     ("resolution",),
     ("pretrained",),
@@ -70,7 +71,7 @@ ORDER_WITHIN = {
     "models": (("sizes",), ("build",), ("image", "sequence"), ("__init__",)),
     "data": (
         ("cifar_files", "folders", "mfcc", "protocol", "stand_in", "ts_files"),
-        ("mnist5k", "series", "speech_commands"),
+        ("mnist1d", "mnist5k", "series", "speech_commands", "ucr"),
         ("classes", "pictures", "sources", "stand_in_arrays"),
         ("checking",),
         ("fetching",),
@@ -188,6 +189,7 @@ def test_triton_is_imported_only_where_a_gpu_needs_it() -> None:
 
 
 OPTIONAL = (
+    "aeon",
     "datasets",
     "matplotlib",
     "mlxtend",

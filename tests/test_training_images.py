@@ -791,6 +791,11 @@ def test_unreadable_files_are_named(folder: Path, tmp_path: Path) -> None:
     assert found == {"cut.jpg", "text.png", "empty.jpg", "cut.png"}
     assert looked[-1] == (48, 48)
     assert {Path(name).name for name, _ in unreadable_pictures(pictures, full=True)} == found | {"1.png"}
+    shares = [unreadable_pictures(pictures, share=(rank, 2)) for rank in range(2)]
+    assert sorted(Path(name).name for share in shares for name, _ in share) == sorted(found)
+    with pytest.raises(ValueError, match="4 of 48 pictures cannot be read") as error:
+        check_pictures(pictures, 3, share=(1, 2), gather=lambda mine: [shares[0], mine])
+    assert all(name in str(error.value) for name in found)
     with pytest.raises(ValueError, match=r"4 of 48 pictures cannot be read; mend or remove .*ant/cut.jpg \(") as error:
         check_pictures(pictures, 3)
     assert "\n" not in str(error.value)

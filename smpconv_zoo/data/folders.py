@@ -25,6 +25,7 @@ import re
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -41,6 +42,7 @@ __all__ = [
     "Pictures",
     "check_labels",
     "check_pictures",
+    "convert_picture",
     "open_part",
     "open_pictures",
     "read_picture",
@@ -49,6 +51,8 @@ __all__ = [
 
 KINDS = ("folder", "tar", "wds", "hfds")
 Progress = Callable[[int, int], None]
+# Names of pictures, each with what is wrong about it.
+Found = list[tuple[str, str]]
 
 # timm's synonyms, in its order.
 _TRAIN = ("train", "training")
@@ -194,6 +198,8 @@ def check_pictures(
     full: bool = False,
     workers: int = 8,
     progress: Progress | None = None,
+    share: tuple[int, int] = (0, 1),
+    gather: Callable[[Found], list[Found]] = lambda found: [found],
 ) -> None:
     """Whether a network can learn from these pictures, before it does.
 
@@ -204,12 +210,15 @@ def check_pictures(
             which finds what is no picture and what was cut off.
         workers: Threads.
         progress: Called with the pictures looked at and those in all.
+        share: This process and how many there are, each of which looks at a part of the pictures.
+        gather: Of what one of them found, what each did.
 
     Raises:
-        ValueError: Labels that do not fit, or files that cannot be read, by name.
+        ValueError: Labels that do not fit, or files that cannot be read, by name; the same on all processes.
     """
     check_labels(pictures, num_classes)
-    bad = unreadable_pictures(pictures, full=full, workers=workers, progress=progress)
+    found = unreadable_pictures(pictures, full=full, workers=workers, progress=progress, share=share)
+    bad = sorted(chain.from_iterable(gather(found)), key=lambda one: natural_key(one[0]))
     if bad:
         total = sum(len(part.labels) for part in _parts(pictures))
         listed = _listed([f"{name} ({reason})" for name, reason in bad])
@@ -229,17 +238,22 @@ def check_labels(pictures: Pictures, num_classes: int | None) -> None:
 
 
 def unreadable_pictures(
-    pictures: Pictures, *, full: bool = False, workers: int = 8, progress: Progress | None = None
-) -> list[tuple[str, str]]:
+    pictures: Pictures,
+    *,
+    full: bool = False,
+    workers: int = 8,
+    progress: Progress | None = None,
+    share: tuple[int, int] = (0, 1),
+) -> Found:
     """Names of the pictures that cannot be read, each with the reason; see :func:`check_pictures`."""
     jobs = [
         (part, range(start, min(start + _AT_A_TIME, len(part.labels))))
         for part in _parts(pictures)
         for start in range(0, len(part.labels), _AT_A_TIME)
-    ]
+    ][share[0] :: share[1]]
     total, done, bad = sum(len(numbers) for _, numbers in jobs), 0, []
 
-    def look(job: tuple[PictureSet, range]) -> list[tuple[str, str]]:
+    def look(job: tuple[PictureSet, range]) -> Found:
         part, numbers = job
         reasons = ((index, _fault(part, index, full)) for index in numbers)
         return [(part.name(index), reason) for index, reason in reasons if reason is not None]
@@ -254,30 +268,38 @@ def unreadable_pictures(
 
 
 def read_picture(pictures: PictureSet, index: int, mode: str = "RGB", upright: bool = True) -> Image.Image:
-    """A picture of 8-bit channels, whatever its file has.
-
-    CMYK and palettes are converted, transparency is left out, 16-bit greys are scaled (not clipped).
+    """A picture as :func:`convert_picture` gives it.
 
     Args:
         pictures: Where it is.
         index: Its number.
         mode: ``"RGB"`` or ``"L"``.
-        upright: Whether to turn it as its EXIF orientation says. ImageNet is learned and measured without.
+        upright: Whether to turn it as its EXIF orientation says.
 
     Raises:
         ValueError: It cannot be read; the message names it.
     """
     try:
         with pictures.open(index) as file, Image.open(file) as image:
-            return _converted(image, mode, upright)
+            return convert_picture(image, mode, upright)
     except Exception as error:  # OSErrors, SyntaxErrors, TypeErrors and more: whatever the bytes bring about
         raise ValueError(f"{pictures.name(index)} cannot be read as a picture: {_line(error)}") from error
 
 
-# ---------------------------------------------------------------------------------------------------------- one picture
+def convert_picture(image: Image.Image, mode: str = "RGB", upright: bool = True) -> Image.Image:
+    """An opened picture with 8-bit channels, whatever its file has.
 
+    CMYK and palettes are converted, transparency is left out, 16-bit greys are scaled (not clipped).
 
-def _converted(image: Image.Image, mode: str, upright: bool) -> Image.Image:
+    Args:
+        image: As Pillow opened it.
+        mode: ``"RGB"`` or ``"L"``.
+        upright: Whether to turn it as its EXIF orientation says. ImageNet is learned and measured without.
+
+    Raises:
+        ValueError: Its pixels have no white: floating-point numbers, or greys beyond 16 bits.
+        OSError: It is broken; Pillow has other errors for that, too.
+    """
     if reason := _no_range(image.mode):
         raise ValueError(reason)
     if upright:
@@ -288,6 +310,9 @@ def _converted(image: Image.Image, mode: str, upright: bool) -> Image.Image:
         # Straight to RGB, Pillow warns of this.
         image = image.convert("RGBA")
     return image.convert(mode)
+
+
+# ---------------------------------------------------------------------------------------------------------- one picture
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -308,7 +333,7 @@ def _fault(pictures: PictureSet, index: int, full: bool) -> str | None:
         with pictures.open(index) as file, Image.open(file) as image:
             marker = _LAST_MARKER.get(image.format or "")
             if full or marker is None or not _ends(file, marker):
-                _converted(image, "RGB", True)
+                convert_picture(image)
             return _no_range(image.mode)
     except Exception as error:  # see read_picture
         return _line(error)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from smpconv_zoo.baselines import SineConv1d
 from smpconv_zoo.layers import SMPConv1d, SMPConv2d
 
 __all__ = ["PARTS", "count_macs"]
@@ -46,6 +47,11 @@ def count_macs(model: nn.Module, input_shape: Sequence[int]) -> dict[str, int]:
             taps = math.prod(module.kernel_size)
             macs["smpconv"] += output.numel() * in_per_group * taps
             macs["rendering"] += out_channels * in_per_group * points * taps
+        elif isinstance(module, SineConv1d):
+            taps = module.kernel_size[0]
+            macs["conv"] += output.numel() * module.in_channels * taps
+            layers = (module.first, module.second, module.last)
+            macs["rendering"] += taps * sum(layer.in_features * layer.out_features for layer in layers)
         elif isinstance(module, _CONVS):
             in_per_group, taps = module.weight.size(1), math.prod(module.kernel_size)
             depthwise = module.groups == module.in_channels > 1

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, Subset
 from smpconv_zoo.environment import hardware, versions
 from smpconv_zoo.evaluation.accuracy import Processes, measure, spread
 from smpconv_zoo.evaluation.candidates import Candidate
-from smpconv_zoo.evaluation.test_sets import EvaluationData
+from smpconv_zoo.evaluation.test_sets import EvaluationData, dropped_share
 from smpconv_zoo.models.build import sample_shape
 from smpconv_zoo.pretrained.cards import CheckpointCard
 
@@ -126,7 +126,8 @@ def evaluate_sequences(
         progress=progress,
     )
     correct, total = measured.correct(), len(measured.labels)
-    declared = candidate.card.measured if candidate.card is not None and not dropped else None
+    own = dropped == dropped_share(card)
+    declared = candidate.card.measured if candidate.card is not None and own else None
     comparable = declared is not None and whole and dtype == "float32"
     return SequenceResult(
         model=candidate.name,
@@ -140,7 +141,7 @@ def evaluate_sequences(
         top1_err=100 - 100 * correct / total,
         correct=correct,
         total=total,
-        paper=None if card.paper is None or dropped else card.paper.top1,
+        paper=card.paper.top1 if card.paper is not None and own else None,
         card=None if declared is None else declared.top1,
         agrees=(correct, total) == (declared.correct, declared.total) if comparable and declared is not None else None,
         param_count=parameters,

@@ -1,7 +1,7 @@
 """The test part of the data that a card names, sample by sample, as the network takes it.
 
-The digits of mnist5k are always at hand where the extra `data` is installed; other data lie in a folder of the user's.
-Nothing is downloaded unasked.
+MNIST-1D is always at hand, MNIST-5k and the series of the UCR archive are where the package is installed that they come
+with; the others lie in a folder of the user's. Nothing is downloaded unasked.
 """
 
 from __future__ import annotations
@@ -21,15 +21,25 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from smpconv_zoo.data import pictures
 from smpconv_zoo.data.fetching import Progress as FetchProgress
 from smpconv_zoo.data.fetching import fetch
+from smpconv_zoo.data.mnist1d import mnist1d_sequences
 from smpconv_zoo.data.mnist5k import mnist5k_images, mnist5k_sequences
 from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
 from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest, clip_order, speech_commands_parts
 from smpconv_zoo.data.ts_files import read_ts_parts
+from smpconv_zoo.data.ucr import UCR_SETS, load_ucr
 from smpconv_zoo.pretrained.cards import CheckpointCard
 from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError
 
-__all__ = ["TEST_PARTS", "EvaluationData", "batches", "eval_command", "find_data_set", "open_test_set"]
+__all__ = [
+    "TEST_PARTS",
+    "EvaluationData",
+    "batches",
+    "dropped_share",
+    "eval_command",
+    "find_data_set",
+    "open_test_set",
+]
 
 AFTER_TRAINING = "reference-after-training"
 # How a test part is made. Only that of Speech Commands and that of permuted MNIST can be made in several ways.
@@ -85,7 +95,7 @@ def open_test_set(
     protocol: str = "sound",
     progress: FetchProgress | None = None,
     on_note: Callable[[str], None] | None = None,
-    dropped: int = 0,
+    dropped: int | None = None,
 ) -> EvaluationData:
     """The test part of a card's data. Files are looked for and their form is checked; no network is loaded.
 
@@ -96,7 +106,7 @@ def open_test_set(
         protocol: How the part is made, see :data:`TEST_PARTS`.
         progress: Of a download; see :func:`~smpconv_zoo.data.fetching.fetch`, and ``on_note``.
         dropped: Percent of the time steps of each sequence that are left out, with the mask of the others as one more
-            channel.
+            channel; as the card says if None.
 
     Raises:
         FileNotFoundError: The data are not there; the message says which are needed and how to get them.
@@ -110,9 +120,12 @@ def open_test_set(
         raise ValueError(f"protocol must be one of {', '.join(TEST_PARTS)}, got {protocol!r}")
     if protocol == AFTER_TRAINING and key != ("MNIST", "permuted sequence"):
         raise ValueError(f"{AFTER_TRAINING} is for permuted MNIST, not for {card.id}: its test part is made in one way")
-    if dropped and key not in _DROPPED:
-        recorded = " and ".join(dict.fromkeys(name for name, _ in _DROPPED))
-        raise ValueError(f"time steps are dropped from what was recorded, {recorded}, not from {key[0]}")
+    share = dropped_share(card) if dropped is None else dropped
+    if share != dropped_share(card) and key[0] in UCR_SETS:
+        return EvaluationData(TensorDataset(*load_ucr(key[0], share).test), protocol=protocol)
+    if share != dropped_share(card) and key not in _DROPPED_FORMS:
+        recorded = ", ".join(dict.fromkeys(name for name, _ in _DROPPED_FORMS))
+        raise ValueError(f"time steps are dropped from what was recorded, {recorded} or series, not from {key[0]}")
     if key in _BUILT_IN:
         return EvaluationData(_BUILT_IN[key](card), protocol=protocol)
     if key not in _FORMS:
@@ -122,7 +135,7 @@ def open_test_set(
     what = source.part + source.what
     need = f"{card.id} is measured on {what}"
     place = find_data_set(card.data.name, data_dir, download, need, eval_command(card), progress, on_note)
-    data = _DROPPED[key](place, protocol, dropped) if dropped else _FORMS[key](card, place, protocol)
+    data = _DROPPED_FORMS[key](place, protocol, share) if share else _FORMS[key](card, place, protocol)
     data = dataclasses.replace(data, protocol=protocol)
     if not len(data):
         raise ValueError(f"{place} holds {what} without a single sample")
@@ -130,6 +143,11 @@ def open_test_set(
         short = f"{place} gives {len(data):,} test samples, the authors have {source.samples:,}: not the same data"
         data = dataclasses.replace(data, notes=(*data.notes, short))
     return data
+
+
+def dropped_share(card: CheckpointCard) -> int:
+    """Percent of the time steps that are left out of what a card is about."""
+    return _DROPPED.get(card.data.input, 0)
 
 
 def find_data_set(
@@ -296,6 +314,14 @@ def _mnist5k_permuted(card: CheckpointCard) -> Dataset[Any]:
     return TensorDataset(*mnist5k_sequences("test", order))
 
 
+def _mnist1d(card: CheckpointCard) -> Dataset[Any]:
+    return TensorDataset(*mnist1d_sequences("test"))
+
+
+def _ucr(card: CheckpointCard) -> Dataset[Any]:
+    return TensorDataset(*load_ucr(card.data.name, dropped_share(card)).test)
+
+
 def _imagenet(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
     cfg: Any = timm.get_pretrained_cfg(card.id)
     transform = create_transform(**resolve_data_config(pretrained_cfg=cfg.to_dict()), is_training=False)
@@ -375,11 +401,15 @@ def _speech_note(place: Path, protocol: str) -> str:
     )
 
 
+# Form of the input of a card -> percent of its time steps that were taken away.
+_DROPPED = {"sequence": 0, **{f"sequence, {rate} % dropped": rate for rate in (30, 50, 70)}}
 # (data set, form of the input) of a card -> its test part.
 _BUILT_IN: dict[tuple[str, str], Callable[[CheckpointCard], Dataset[Any]]] = {
     ("mnist5k", "sequence"): _mnist5k,
     ("mnist5k", "permuted sequence"): _mnist5k_permuted,
     ("mnist5k", "image 28 x 28"): _mnist5k_images,
+    ("mnist1d", "sequence"): _mnist1d,
+    **{(name, form): _ucr for name in UCR_SETS for form in _DROPPED},
 }
 _FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path, str], EvaluationData]] = {
     ("ImageNet-1k", "image 224 x 224"): _imagenet,
@@ -391,7 +421,7 @@ _FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path, str], EvaluationDa
     ("Speech Commands, 10 words", "161 frames of 20 MFCCs"): _speech_mfcc,
     ("Speech Commands, 10 words", "waveform of 16,000 samples"): _speech_raw,
 }
-_DROPPED: dict[tuple[str, str], Callable[[Path, str, int], EvaluationData]] = {
+_DROPPED_FORMS: dict[tuple[str, str], Callable[[Path, str, int], EvaluationData]] = {
     ("CharacterTrajectories", "sequence of 182 steps"): _dropped_trajectories,
     ("Speech Commands, 10 words", "161 frames of 20 MFCCs"): _dropped_mfcc,
     ("Speech Commands, 10 words", "waveform of 16,000 samples"): _dropped_raw,

@@ -22,6 +22,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from smpconv_zoo.baselines import SineConv1d
 from smpconv_zoo.layers import ActivatedPair, CausalConv1d, ConvNorm, SMPConv1d, SMPConv2d, parameter_roles
 from smpconv_zoo.merged import MergingNet
 from smpconv_zoo.models.build import (
@@ -40,6 +41,8 @@ from smpconv_zoo.models.sizes import set_image_size, set_sampling
 __all__ = ["SMPConvResNet", "SMPConvTCN"]
 
 SEQUENCE_POOLS = ("last", "avg", "max", "")
+# Where the large kernels of a TCN come from.
+SEQUENCE_KERNELS = ("points", "fixed", "mlp")
 
 
 class SequenceHead(nn.Module):
@@ -103,6 +106,8 @@ class TCNBlock(nn.Module):
         conv_bias: Bias of the continuous convolutions.
         drop_rate: Dropout after both activations.
         drop_path: Stochastic depth.
+        kernel: Where the large kernels come from; see :class:`SMPConvTCN`.
+        omega: Of kernels that an MLP gives.
     """
 
     def __init__(
@@ -117,12 +122,18 @@ class TCNBlock(nn.Module):
         conv_bias: bool,
         drop_rate: float,
         drop_path: float,
+        kernel: str = "points",
+        omega: float = 30.0,
         **dd: Any,
     ) -> None:
         super().__init__()
 
-        def pair(channels: int) -> ActivatedPair:
-            large = SMPConv1d(
+        def large_kernel(channels: int) -> nn.Module:
+            if kernel == "fixed":
+                return CausalConv1d(channels, dim, kernel_size, bias=conv_bias, **dd)
+            if kernel == "mlp":
+                return SineConv1d(channels, dim, kernel_size, bias=conv_bias, omega=omega, **dd)
+            return SMPConv1d(
                 channels,
                 dim,
                 kernel_size,
@@ -132,6 +143,9 @@ class TCNBlock(nn.Module):
                 coord_std=coord_std,
                 **dd,
             )
+
+        def pair(channels: int) -> ActivatedPair:
+            large = large_kernel(channels)
             small = CausalConv1d(channels, dim, small_kernel_size, bias=False, **dd)
             trunc_normal_(small.weight, std=0.02)
             return ActivatedPair(
@@ -348,11 +362,15 @@ class SMPConvTCN(_BlockNet):
         drop_rate: Dropout before the classifier.
         block_drop_rate: Dropout inside the blocks (the authors' ``dropout``).
         drop_path_rate: Stochastic depth: rate of the last block, growing linearly from 0.
+        kernel: "points" for SMPConv. To compare it with: "fixed" for a learned value at every tap, "mlp" for an MLP of
+            sines (:class:`~smpconv_zoo.baselines.SineConv1d`). These cannot be read off at another rate or length, and
+            of the arguments of points they take none.
+        omega: For "mlp": how fast its kernels vary at first.
 
     Shape: ``(N, in_chans, L)`` -> ``(N, num_classes)``, for any L >= 1.
 
     Raises:
-        ValueError: A non-positive size or an unknown pooling.
+        ValueError: A non-positive size, or an unknown pooling or kernel.
     """
 
     def __init__(
@@ -370,11 +388,15 @@ class SMPConvTCN(_BlockNet):
         drop_rate: float = 0.0,
         block_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        kernel: str = "points",
+        omega: float = 30.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        if kernel not in SEQUENCE_KERNELS:
+            raise ValueError(f"kernel must be one of {SEQUENCE_KERNELS}, got {kernel!r}")
         check_arguments(
             in_chans,
             num_classes,
@@ -411,6 +433,8 @@ class SMPConvTCN(_BlockNet):
                     conv_bias,
                     block_drop_rate,
                     drop_path,
+                    kernel,
+                    omega,
                     **dd,
                 )
             )

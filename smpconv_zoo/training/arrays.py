@@ -17,16 +17,18 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from smpconv_zoo.data.classes import class_names
+from smpconv_zoo.data.mnist1d import mnist1d_sequences
 from smpconv_zoo.data.mnist5k import mnist5k_images
 from smpconv_zoo.data.pictures import cifar10_test, cifar10_train, mnist_test, mnist_train
 from smpconv_zoo.data.protocol import character_trajectories, hold_out, labels_by_first_appearance, pixel_permutation
 from smpconv_zoo.data.series import load_series
 from smpconv_zoo.data.speech_commands import WORDS, clip_order, speech_commands_parts
 from smpconv_zoo.data.ts_files import read_ts_parts
+from smpconv_zoo.data.ucr import UCR_SETS, load_ucr
 from smpconv_zoo.evaluation.test_sets import find_data_set
 from smpconv_zoo.layers import SMPConv1d
 from smpconv_zoo.models.build import sample_shape
-from smpconv_zoo.training.augment import augment_digits, augment_pictures
+from smpconv_zoo.training.augment import augment_digits, augment_pictures, augment_series
 from smpconv_zoo.training.recipe import SequenceRecipe
 from smpconv_zoo.training.world import World
 
@@ -46,6 +48,10 @@ INPUTS = {
     "mnist": ("sequence", "permuted sequence", "image 28 x 28"),
     "cifar10": ("sequence", "permuted sequence", "image 32 x 32"),
 }
+
+
+# Fields of a recipe that change series.
+_SERIES_CHANGES = ("jitter", "scaling", "time_shift", "time_mask")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,9 +282,13 @@ class ArrayData:
             self._epoch, self._before, self._behind = self._epoch + 1, self._behind, None
 
     def _augmented(self) -> Tensor:
-        if not self.recipe.augment:
+        recipe = self.recipe
+        changes = {name: getattr(recipe, name) for name in _SERIES_CHANGES}
+        if any(changes.values()):
+            return augment_series(self._images, self._generator, masked=recipe.dropped > 0, **changes)
+        if not recipe.augment:
             return self._images
-        if self.recipe.data == "cifar10":
+        if recipe.data == "cifar10":
             black = -torch.tensor(IMAGENET_DEFAULT_MEAN) / torch.tensor(IMAGENET_DEFAULT_STD)
             return augment_pictures(self._images, black, self._generator)
         return augment_digits(self._images, self._generator)
@@ -362,7 +372,7 @@ _FINAL = "final: learns from what was chosen by as well, chooses by nothing; the
 
 
 def _find(recipe: SequenceRecipe, data_dir: Path | None, download: bool) -> Path:
-    if recipe.data == "mnist5k":
+    if recipe.data in _BUILT_IN:
         return Path()
     command = f"smpconv-zoo train {recipe.id} --data-dir PATH"
     if recipe.data == "series":
@@ -386,6 +396,17 @@ def _mnist5k(request: _Request) -> Parts:
     return Parts(mnist5k_images("train"), mnist5k_images("validation"), classes, split)
 
 
+def _mnist1d(request: _Request) -> Parts:
+    parts = _published(request, lambda _: mnist1d_sequences("train"), lambda _: mnist1d_sequences("test"))
+    return dataclasses.replace(parts, place=None, notes=("procedural data, drawn from a seed: no recordings",))
+
+
+def _ucr(request: _Request) -> Parts:
+    found = load_ucr(request.recipe.data, request.recipe.dropped)
+    parts = _published(request, lambda _: found.train, lambda _: found.test)
+    return dataclasses.replace(parts, place=None, mean=found.mean, std=found.std)
+
+
 def _mnist(request: _Request) -> Parts:
     return _published(request, mnist_train, mnist_test)
 
@@ -401,18 +422,19 @@ def _published(
 ) -> Parts:
     """A set that comes in a training and a test part."""
     recipe, place = request.recipe, request.place
-    classes = class_names(NAMES[recipe.data]) or ()
+    classes = class_names(NAMES.get(recipe.data, recipe.data)) or ()
     x, y = train(place)
     if request.reference:
         return Parts((x, y), test(place), classes, _TEST_CHOOSES, place=place)
     if request.final:
         return Parts((x, y), None, classes, _FINAL, place=place)
     if recipe.held_out == 0:
-        return Parts((x, y), None, classes, "nothing is set aside to choose by", place=place)
+        return Parts((x, y), None, classes, "nothing is set aside to choose by: the last epoch counts", place=place)
     try:
-        learned, chosen = map(torch.from_numpy, hold_out(y, recipe.held_out))
+        drawn = hold_out(y, recipe.held_out, np.random.RandomState(recipe.held_out_draw))
     except ValueError as error:
-        raise ValueError(f"{place}: {error}") from error
+        raise ValueError(f"{recipe.data if place == Path() else place}: {error}") from error
+    learned, chosen = map(torch.from_numpy, drawn)
     split = (
         f"chosen by {100 * recipe.held_out:g} % of every class of the training part, set aside; the test part stays "
         "closed"
@@ -481,8 +503,14 @@ def _series(request: _Request) -> Parts:
     return Parts(train, validation, found.classes, split, found.mean, found.std, request.place, tuple(notes))
 
 
-_LOADERS: dict[str, Callable[[_Request], Parts]] = {
+# Data that come with a package, or with none at all.
+_BUILT_IN: dict[str, Callable[[_Request], Parts]] = {
     "mnist5k": _mnist5k,
+    "mnist1d": _mnist1d,
+    **dict.fromkeys(UCR_SETS, _ucr),
+}
+_LOADERS: dict[str, Callable[[_Request], Parts]] = {
+    **_BUILT_IN,
     "mnist": _mnist,
     "cifar10": _cifar10,
     "character-trajectories": _trajectories,
@@ -499,7 +527,10 @@ def _check_recipe(recipe: SequenceRecipe) -> None:
         raise ValueError(f"{recipe.data} is taken as {', '.join(inputs)}, not as {recipe.input}")
     if recipe.augment and not pictures:
         raise ValueError(f"augment changes pictures, and {recipe.data} holds none: set augment=false")
-    if recipe.dropped and pictures:
+    changes = [name for name in _SERIES_CHANGES if getattr(recipe, name) > 0]
+    if changes and pictures:
+        raise ValueError(f"{', '.join(changes)} change series, and {recipe.data} holds pictures: set them to 0")
+    if recipe.dropped and (pictures or recipe.data == "mnist1d"):
         raise ValueError(f"samples are dropped from sequences that were recorded, not from {recipe.data}")
     if (recipe.data == "speech-commands") != (recipe.features is not None):
         raise ValueError("speech-commands needs features, mfcc or raw; other data have none")

@@ -6,6 +6,9 @@ composed into one bilinear resampling instead of three by nearest neighbour. The
 image's area, as their code has it (its comment speaks of 4 pixels).
 
 CIFAR-10 they train with flips and shifted crops (their ``augment=resnet``): the very same draws are made here.
+
+Series they do not augment. The four changes here are the common ones: jitter and scaling as in Um et al., arXiv
+1706.00527, shifts in time, and a masked stretch of time as in Park et al., "SpecAugment", arXiv 1904.08779.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["augment_digits", "augment_pictures"]
+__all__ = ["augment_digits", "augment_pictures", "augment_series"]
 
 ERASED_AREA = 4 / 28
 
@@ -92,3 +95,50 @@ def augment_pictures(images: Tensor, black: Tensor, generator: torch.Generator) 
     source = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None, :]
     moved = images.flatten(2).gather(2, source.flatten(1)[:, None].expand(-1, channels, -1)).view_as(images)
     return torch.where(inside[:, None], moved, black.to(images)[:, None, None])
+
+
+def augment_series(
+    series: Tensor,
+    generator: torch.Generator,
+    *,
+    jitter: float = 0.0,
+    scaling: float = 0.0,
+    time_shift: float = 0.0,
+    time_mask: float = 0.0,
+    masked: bool = False,
+) -> Tensor:
+    """Move each series in time, scale its channels, add noise, blank out a stretch: whatever is not 0.
+
+    Args:
+        series: ``(N, C, L)``, normalised to mean 0 and deviation 1.
+        generator: Source of every draw, on the device of ``series``.
+        jitter: Deviation of the noise, drawn for every value.
+        scaling: Deviation of the factor around 1, drawn for every channel of every series.
+        time_shift: Largest share of L by which a series is moved, to either side; its first or last value fills up.
+        time_mask: Largest share of L that becomes 0.
+        masked: Whether the last channel says what was observed: it moves along, is neither scaled nor blurred, and what
+            was not observed stays 0. A blanked stretch counts as not observed.
+
+    Returns:
+        ``(N, C, L)``.
+    """
+    count, channels, length = series.shape
+    device = series.device
+    steps = torch.arange(length, device=device)
+    if time_shift > 0:
+        most = round(time_shift * length)
+        shift = torch.randint(-most, most + 1, (count, 1), device=device, generator=generator)
+        source = (steps - shift).clamp(0, length - 1)
+        series = series.gather(2, source[:, None].expand(-1, channels, -1))
+    values, observed = (series[:, :-1], series[:, -1:]) if masked else (series, None)
+    if scaling > 0:
+        values = values * (1 + scaling * torch.randn(*values.shape[:2], 1, device=device, generator=generator))
+    if jitter > 0:
+        values = values + jitter * torch.randn(values.shape, device=device, generator=generator)
+    if time_mask > 0:
+        width = torch.rand(count, 1, device=device, generator=generator) * time_mask * length
+        start = torch.rand(count, 1, device=device, generator=generator) * (length - width)
+        seen = ((steps < start) | (steps >= start + width))[:, None].to(series.dtype)
+        values = values * seen
+        observed = None if observed is None else observed * seen
+    return values if observed is None else torch.cat([values * observed, observed], dim=1)

@@ -29,7 +29,18 @@ PROTOCOLS = {
 INPUTS = ("sequence", "permuted sequence", "image 28 x 28", "image 32 x 32")
 DTYPES = ("float32", "bfloat16", "float16")
 PICTURES = ("imagenet", "pictures")
-ARRAYS = ("mnist5k", "mnist", "cifar10", "character-trajectories", "speech-commands", "series")
+# Series that come with the aeon package, or are drawn from a seed.
+SERIES = (
+    "acsf1",
+    "arrowhead",
+    "basic-motions",
+    "gunpoint",
+    "italy-power-demand",
+    "japanese-vowels",
+    "mnist1d",
+    "osuleaf",
+)
+ARRAYS = ("mnist5k", "mnist", "cifar10", "character-trajectories", "speech-commands", "series", *SERIES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,7 +139,13 @@ class SequenceRecipe(Recipe):
         input_drop_rate: Dropout on the input while training (the authors' ``dropout_in``).
         augment: Whether to change digits by :func:`~smpconv_zoo.training.augment.augment_digits`, and CIFAR-10 by
             :func:`~smpconv_zoo.training.augment.augment_pictures`.
-        held_out: Share of the training samples that ``protocol: sound`` chooses by, where there is no validation part.
+        jitter: Deviation of the noise that is added to every value of a series, which itself has deviation 1.
+        scaling: Deviation of the factor around 1 by which every channel of a series is multiplied.
+        time_shift: Largest share of its length by which a series is moved, to either side.
+        time_mask: Largest share of its length that is set to 0, the training mean, in one piece.
+        held_out: Share of the training samples that ``protocol: sound`` chooses by, where there is no validation part;
+            0 learns from all of them and takes the last epoch, as is sound where so few samples would choose by noise.
+        held_out_draw: Which share of them: seed of the draw.
     """
 
     input: str = "sequence"
@@ -137,7 +154,12 @@ class SequenceRecipe(Recipe):
     features: str | None = None
     input_drop_rate: float = 0.0
     augment: bool = False
+    jitter: float = 0.0
+    scaling: float = 0.0
+    time_shift: float = 0.0
+    time_mask: float = 0.0
     held_out: float = 0.1
+    held_out_draw: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,6 +176,14 @@ class SequenceRecipe(Recipe):
                 f"need input_drop_rate and held_out in [0, 1) and dropped in [0, 100); got {self.input_drop_rate}, "
                 f"{self.held_out}, {self.dropped}"
             )
+        for field in ("jitter", "scaling"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is a deviation in [0, 1), got {getattr(self, field)}")
+        for field in ("time_shift", "time_mask"):
+            if not 0 <= getattr(self, field) <= 0.5:
+                raise ValueError(f"{field} is a share in [0, 0.5], got {getattr(self, field)}")
+        if self.held_out_draw < 0:
+            raise ValueError(f"held_out_draw must not be negative, got {self.held_out_draw}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -203,7 +203,11 @@ def open_data(
         )
     pictures = open_pictures(data_dir)
     opened = ImageData(recipe, pictures, model, world, workers=workers)
-    if check and world.leads:
-        check_pictures(pictures, progress=progress)
-    world.wait()
+    if check:
+        check_pictures(
+            pictures,
+            progress=progress if world.leads else None,
+            share=(world.rank, world.size),
+            gather=world.gathered,
+        )
     return opened

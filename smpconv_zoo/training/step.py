@@ -138,6 +138,12 @@ class TrainingStep:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on as the step that gave :meth:`state_dict` would have."""
         self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            if self.graphed:
+                # Rates come as they were stored, on the CPU, where no captured step would see them change.
+                group["lr"] = torch.tensor(float(group["lr"]), device=self.device)
+        # What was captured writes to the tensors that were replaced.
+        self.graph = None
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if self.room is not None:

@@ -82,25 +82,57 @@ def join_world(device: str | torch.device, timeout: timedelta | None = None) -> 
         timeout: How long processes wait for each other before they give up; PyTorch's own if None.
 
     Raises:
-        ValueError: A device that is not there, fewer GPUs than processes, or a GPU by number for several processes.
+        ValueError: A device that is not there, fewer GPUs than processes, a GPU by number for several processes, or
+            numbers of processes that do not fit together.
+        ConnectionError: The processes did not find each other.
     """
     wanted = torch.device(device)
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _number("WORLD_SIZE", 1)
     if "RANK" not in os.environ or size == 1:
         yield World(usable_device(wanted))
         return
+    rank = _number("RANK", 0)
+    if not 0 <= rank < size:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={size} do not fit: processes are numbered from 0 to {size - 1}")
     if wanted.type == "cuda":
         if wanted.index is not None:
             raise ValueError(f"torchrun gives every process its GPU: use --device cuda in place of {wanted}")
-        local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local, there = _number("LOCAL_RANK", rank), torch.cuda.device_count()
         if local >= there:
             raise ValueError(
                 f"torchrun started process {local + 1} of this machine, which has {there} GPUs: lower --nproc-per-node"
             )
         wanted = torch.device("cuda", local)
         torch.cuda.set_device(wanted)
-    dist.init_process_group("nccl" if wanted.type == "cuda" else "gloo", timeout=timeout)
+    try:
+        dist.init_process_group("nccl" if wanted.type == "cuda" else "gloo", timeout=timeout)
+    except (dist.DistError, ValueError) as error:
+        raise ConnectionError(_why_alone(error, rank, size)) from error
     try:
         yield World(usable_device(wanted), dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
+
+
+def _number(variable: str, otherwise: int) -> int:
+    text = os.environ.get(variable, str(otherwise))
+    if not text.isdecimal():
+        raise ValueError(f"{variable}={text!r} is no number of a process: start by torchrun, which sets it")
+    return int(text)
+
+
+def _why_alone(error: Exception, rank: int, size: int) -> str:
+    """One sentence about processes that did not find each other."""
+    address, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if not address or not port.isdecimal():
+        return "MASTER_ADDR and MASTER_PORT say where processes meet, and one is missing: start by torchrun"
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return (
+            f"port {port} is in use on {address}, perhaps by another run: choose another by torchrun --master-port, or "
+            "let torchrun --standalone find a free one"
+        )
+    return (
+        f"process {rank + 1} of {size} did not find the others at {address}:{port} ({text}): are {size} processes "
+        "running, with the same address and port?"
+    )
