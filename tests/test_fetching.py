@@ -33,6 +33,8 @@ from smpconv_zoo.data.sources import SOURCES, RemoteFile, data_source
 from smpconv_zoo.downloading import DownloadError, Patience
 from smpconv_zoo.evaluation.test_sets import open_test_set
 from smpconv_zoo.pretrained.cards import checkpoint_card
+from smpconv_zoo.training.arrays import load_parts
+from smpconv_zoo.training.recipe import SequenceRecipe, load_recipe
 from smpconv_zoo.unpacking import ArchiveError
 
 Call = Callable[..., tuple[int, str, str]]
@@ -249,6 +251,17 @@ def test_evaluation_finds_what_was_fetched_and_fetches_when_asked(
     assert_whole(small, root)
 
 
+def test_training_fetches_when_asked_and_says_what_is_trusted(root: Path, make: Callable[..., Small]) -> None:
+    small, notes = make(trajectories), []
+    recipe = load_recipe("smpconv_tcn_chartraj.ct")
+    assert isinstance(recipe, SequenceRecipe)
+    with pytest.raises(FileNotFoundError, match="smpconv-zoo data fetch character-trajectories"):
+        load_parts(recipe, root)
+    parts = load_parts(recipe, root, download=True, on_note=notes.append)
+    assert (len(parts.train[1]), len(parts.classes)) == (42, 3) and "trusted on first use" in notes[0]
+    assert_whole(small, root)
+
+
 def test_trajectories_that_were_fetched_are_the_protocols(root: Path, make: Callable[..., Small]) -> None:
     make(trajectories)
     get("character-trajectories", root)
@@ -316,6 +329,12 @@ def test_the_first_archive_is_the_one_that_counts(server: FileServer, root: Path
         with pytest.raises(DownloadError, match=f"recorded is {first.sources[0].sha256}; pass --accept-new"):
             get("character-trajectories", root)
         assert_nothing(small, root)
+    # Once the server has the true one again, it is taken.
+    other = server.files["character-trajectories/Multivariate2018_ts.zip"].data
+    server.put("character-trajectories/Multivariate2018_ts.zip", small.archives["Multivariate2018_ts.zip"])
+    assert get("character-trajectories", root).sources[0].trusted == "known"
+    remove()
+    server.put("character-trajectories/Multivariate2018_ts.zip", other)
     assert get("character-trajectories", root, accept_new=True).sources[0].trusted == "accepted"
     remove()
     assert get("character-trajectories", root).sources[0].trusted == "known"

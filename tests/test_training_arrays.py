@@ -312,7 +312,7 @@ def test_cifar10_by_protocol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(taken(permuted, 0)[0][0], x[:, :, order])
 
 
-@pytest.mark.parametrize("dropped", [0, 30])
+@pytest.mark.parametrize("dropped", [0, 30, 50, 70])
 def test_trajectories_by_protocol(tmp_path: Path, dropped: int) -> None:
     strokes_, labels = strokes(5, 20, 60)
     write_trajectories(tmp_path, strokes_, labels, 55)
@@ -330,7 +330,9 @@ def test_trajectories_by_protocol(tmp_path: Path, dropped: int) -> None:
     assert data.shape == (3 + (dropped > 0), 60)
     if dropped:
         x, _ = taken(data, 0)[0]
-        assert ((x[:, 3] == 0).sum(1) == 18).all() and (x[:, :3][x[:, 3:].expand(-1, 3, -1) == 0] == 0).all()
+        assert ((x[:, 3] == 0).sum(1) == 60 * dropped // 100).all() and (
+            x[:, :3][x[:, 3:].expand(-1, 3, -1) == 0] == 0
+        ).all()
 
 
 @pytest.mark.parametrize(("kind", "dropped"), [("mfcc", 0), ("mfcc", 50), ("raw", 0), ("raw", 30)])
@@ -425,7 +427,9 @@ def test_files_of_other_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_one_process_of_several_downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     did: list[str] = []
-    monkeypatch.setattr(arrays, "_find", lambda made, folder, download: did.append(f"find {download}") or tmp_path)
+    monkeypatch.setattr(
+        arrays, "_find", lambda made, folder, download, note: did.append(f"find {download}") or tmp_path
+    )
     monkeypatch.setattr(World, "wait", lambda world: did.append("wait"))
     monkeypatch.setitem(arrays._LOADERS, "mnist", lambda request: few(40, 10, (1, 28, 28)))
     for rank, expected in ((0, ["find True", "wait", "find False"]), (1, ["wait", "find False"])):

@@ -138,6 +138,14 @@ def test_links_and_devices(tmp_path: Path, out: Path, member: tuple[tarfile.TarI
     assert set(tree(out)) == {"good"}
 
 
+def test_a_file_of_holes(tmp_path: Path, out: Path) -> None:
+    info = tarfile.TarInfo("holes")
+    info.pax_headers = {"GNU.sparse.map": "0,4", "GNU.sparse.size": str(2**40)}
+    with pytest.raises(ArchiveError, match="neither a plain file nor a folder"):
+        unpack(tar_of(tmp_path / "a.tar", [(info, b"data")]), out, LIMITS)
+    assert tree(out) == {}
+
+
 def test_a_link_in_a_zip(tmp_path: Path, out: Path) -> None:
     info = zipfile.ZipInfo("link")
     info.external_attr = (stat.S_IFLNK | 0o777) << 16

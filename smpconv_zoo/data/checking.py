@@ -62,17 +62,24 @@ def check_data(place: Path, full: bool = False, progress: Progress | None = None
         progress: Called with the files looked at and in all.
 
     Returns:
-        What was found; None if it is none of these.
+        What was found, of several the first, with a note that names the others; None if it is none of these.
 
     Raises:
         OSError: The folder cannot be read.
         ImportError: scikit-learn, which draws the split of 70 / 15 / 15, is not installed.
     """
+    there = []
     for below, looks_like, check in _KINDS:
-        for folder in (place / name for name in below):
-            if folder.is_dir() and looks_like(folder):
-                return check(folder, full, progress)
-    return None
+        folders = (place / name for name in below)
+        folder = next((path for path in folders if path.is_dir() and looks_like(path)), None)
+        if folder is not None:
+            there.append((folder, check))
+    if not there:
+        return None
+    (folder, check), *others = there
+    checked = check(folder, full, progress)
+    notes = tuple(f"{other} holds other data: name it to have them looked at" for other, _ in others)
+    return dataclasses.replace(checked, notes=(*checked.notes, *notes))
 
 
 # ---------------------------------------------------------------------------------------------------------------- MNIST

@@ -312,6 +312,7 @@ def open_arrays(
     download: bool = False,
     final: bool = False,
     progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> ArrayData:
     """The data of a recipe, read, checked and on the device of this process.
 
@@ -319,9 +320,10 @@ def open_arrays(
         recipe: The run.
         world: This process among those that train together; one of them downloads.
         data_dir: The user's folder with the data; digits out of a package need none.
-        download: Whether to fetch data that are not in ``data_dir``, where torchvision can.
+        download: Whether to fetch data that are not in ``data_dir``, where no login is needed.
         final: Whether everything is chosen: learn from what was chosen by as well, and choose by nothing.
         progress: Called with the files read and in all, where there are many.
+        on_note: Called with what a user should know of data that are fetched.
 
     Raises:
         FileNotFoundError: The data are not there; the message says how to get them.
@@ -330,9 +332,9 @@ def open_arrays(
     """
     if download and world.size > 1:
         if world.leads:
-            _find(recipe, data_dir, download)
+            _find(recipe, data_dir, download, on_note)
         world.wait()
-    parts = load_parts(recipe, data_dir, download and world.size == 1, final, progress)
+    parts = load_parts(recipe, data_dir, download and world.size == 1, final, progress, on_note)
     return ArrayData(recipe, parts, world)
 
 
@@ -342,6 +344,7 @@ def load_parts(
     download: bool = False,
     final: bool = False,
     progress: Progress | None = None,
+    on_note: Callable[[str], None] | None = None,
 ) -> Parts:
     """The samples of a recipe, in memory; see :func:`open_arrays`."""
     _check_recipe(recipe)
@@ -350,7 +353,7 @@ def load_parts(
             "protocol reference chooses by the test part, there is no final run to come: leave final out, or set "
             "protocol=sound"
         )
-    return _LOADERS[recipe.data](_Request(recipe, _find(recipe, data_dir, download), final, progress))
+    return _LOADERS[recipe.data](_Request(recipe, _find(recipe, data_dir, download, on_note), final, progress))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,7 +374,7 @@ _TEST_CHOOSES = "chosen by the test part, as the authors do: its accuracy is no 
 _FINAL = "final: learns from what was chosen by as well, chooses by nothing; the test part stays closed"
 
 
-def _find(recipe: SequenceRecipe, data_dir: Path | None, download: bool) -> Path:
+def _find(recipe: SequenceRecipe, data_dir: Path | None, download: bool, on_note: Callable[[str], None] | None) -> Path:
     if recipe.data in _BUILT_IN:
         return Path()
     command = f"smpconv-zoo train {recipe.id} --data-dir PATH"
@@ -383,7 +386,8 @@ def _find(recipe: SequenceRecipe, data_dir: Path | None, download: bool) -> Path
             )
         return data_dir.expanduser()
     name = NAMES[recipe.data]
-    return find_data_set(name, data_dir, download, f"{recipe.id} learns from {name}", command)
+    need = f"{recipe.id} learns from {name}"
+    return find_data_set(name, data_dir, download, need, command, on_note=on_note)
 
 
 def _mnist5k(request: _Request) -> Parts:

@@ -190,7 +190,8 @@ def open_data(
         ValueError: They do not fit the network, the recipe or the number of processes.
     """
     if isinstance(recipe, SequenceRecipe):
-        arrays = open_arrays(recipe, world, None if data_dir is None else Path(data_dir), download, final, progress)
+        place = None if data_dir is None else Path(data_dir)
+        arrays = open_arrays(recipe, world, place, download, final, progress, note)
         notes = arrays.check(model)
         if note is not None and world.leads:
             for sentence in notes:
