@@ -19,16 +19,7 @@ import timm
 import torch
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TransferSpeedColumn,
-)
-from rich.table import Table
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from smpconv_zoo._version import __version__
 from smpconv_zoo.benchmarks.cpu import PEERS, CpuTime, bench_cpu
@@ -39,6 +30,10 @@ from smpconv_zoo.benchmarks.sequence import TASKS, SequenceTime, bench_sequence
 from smpconv_zoo.benchmarks.synthesis import SynthesisTime, bench_synthesis
 from smpconv_zoo.catalogue import NetworkFacts, list_networks, look_up, match_checkpoints, where_weights_come_from
 from smpconv_zoo.checkpoints import convert_file
+from smpconv_zoo.console import EXPECTED_ERRORS
+from smpconv_zoo.console import print_table as _print_table
+from smpconv_zoo.console import progress_bar as _progress
+from smpconv_zoo.console import sentence as _sentence
 from smpconv_zoo.data.checking import CheckedData, check_data
 from smpconv_zoo.data.fetching import Fetched, fetch
 from smpconv_zoo.data.folders import open_pictures, unreadable_pictures
@@ -71,9 +66,6 @@ from smpconv_zoo.verifying import failed, find, verify_all
 from smpconv_zoo.verifying import verify as verify_one
 
 __all__ = ["app", "main"]
-
-# What the package says in one sentence; anything else is a fault of ours and keeps its traceback.
-EXPECTED_ERRORS = (ValueError, CheckpointError, OSError, ImportError, FloatingPointError)
 
 CHECKPOINTS = ("checkpoint", "parameters", "status", "data", "paper top-1", "measured top-1")
 _VERDICTS = {True: "ok", False: "FAILED", None: "skipped"}
@@ -1224,16 +1216,6 @@ def _evaluate(
 
 
 @contextlib.contextmanager
-def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while there is someone to see it; it leaves nothing behind."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-@contextlib.contextmanager
 def _transfer() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for each file that is fetched or unpacked, in bytes, while there is someone to see it."""
     console = Console(stderr=True)
@@ -1284,23 +1266,6 @@ def _network_row(network: NetworkFacts) -> tuple[str, ...]:
     return network.name, f"{network.parameters:,}", network.family, shape, str(network.num_classes)
 
 
-def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int]) -> None:
-    if not rows:
-        return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for i, title in enumerate(header):
-        table.add_column(title, justify="right" if i in numbers else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    # Ids and numbers are never cut or wrapped: a narrow terminal wraps whole lines itself, a pipe takes any width.
-    console = Console(width=200, markup=False, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    for line in capture.get().splitlines():
-        typer.echo(line.rstrip())
-    typer.echo()
-
-
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2))
 
@@ -1338,13 +1303,6 @@ def _json_object(text: str, option: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise typer.BadParameter(f"{option} must be a JSON object, got {text}")
     return value
-
-
-def _sentence(error: BaseException) -> str:
-    """What went wrong, on one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import pickle
 import wave
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from torchvision.datasets import CIFAR10
 
 from smpconv_zoo.data.mnist5k import load_mnist5k
 from smpconv_zoo.data.speech_commands import WORDS
+from smpconv_zoo.data.stand_in_arrays import Python2Pickler
 
 WORDNET_IDS = ImageNetInfo().label_names()
 
@@ -44,22 +43,6 @@ def write_mnist(root: Path, n: int, train: Sequence[int] = range(10)) -> tuple[n
         (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(images[index]))
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels[index]))
     return images[chosen], labels[chosen]
-
-
-class Python2Pickler(pickle._Pickler):
-    """Writes strings of either kind as Python 2, which made CIFAR-10's files, wrote its own."""
-
-    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
-
-    def save_string(self, text: str | bytes) -> None:
-        data = text.encode("latin1") if isinstance(text, str) else text
-        short = len(data) < 256
-        self.write(
-            (pickle.SHORT_BINSTRING if short else pickle.BINSTRING) + len(data).to_bytes(1 if short else 4, "little")
-        )
-        self.write(data)
-
-    dispatch[str] = dispatch[bytes] = save_string
 
 
 def write_cifar10(root: Path, n: int, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, np.ndarray]:

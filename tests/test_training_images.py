@@ -31,7 +31,14 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch import Tensor, nn
 
 import smpconv_zoo  # noqa: F401 - registers the networks
-from smpconv_zoo.data.folders import Pictures, check_pictures, open_pictures, read_picture, unreadable_pictures
+from smpconv_zoo.data.folders import (
+    Pictures,
+    check_pictures,
+    open_part,
+    open_pictures,
+    read_picture,
+    unreadable_pictures,
+)
 from smpconv_zoo.data.stand_in import write_stand_in
 from smpconv_zoo.training.engine import Engine
 from smpconv_zoo.training.images import ImageData, worker_death
@@ -463,6 +470,9 @@ def test_the_same_pictures_wherever_they_lie(
 
     assert contents(pictures.train) == contents(expected.train)
     assert contents(pictures.validation) == contents(expected.validation)
+    part = open_part(root)
+    assert (part.kind, part.classes) == (kind, pictures.classes)
+    assert contents(part.pictures) == contents(expected.validation)
     assert unreadable_pictures(pictures) == unreadable_pictures(pictures, full=True) == []
     check_pictures(pictures, 3)
     again = pickle.loads(pickle.dumps(pictures))

@@ -38,6 +38,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 __all__ = [
     "KINDS",
+    "PicturePart",
     "PictureSet",
     "Pictures",
     "check_labels",
@@ -46,6 +47,7 @@ __all__ = [
     "convert_picture",
     "decode_picture",
     "find_split",
+    "open_part",
     "open_pictures",
     "picture_columns",
     "read_picture",
@@ -112,6 +114,23 @@ class Pictures:
     validation: PictureSet | None
 
 
+@dataclasses.dataclass(frozen=True)
+class PicturePart:
+    """Pictures to measure on; see :class:`Pictures`.
+
+    Args:
+        where: As the user named it.
+        kind: One of :data:`KINDS`.
+        classes: Names, in the order of the labels; numbers where nobody names them.
+        pictures: The pictures, in an order that hangs on their names alone, or on that in a shard or table.
+    """
+
+    where: str
+    kind: str
+    classes: tuple[str, ...]
+    pictures: PictureSet
+
+
 def open_pictures(where: str | os.PathLike[str]) -> Pictures:
     """Find the parts of a data set, their pictures and classes. Names and headers are read, no picture is.
 
@@ -124,30 +143,57 @@ def open_pictures(where: str | os.PathLike[str]) -> Pictures:
         ImportError: A Hugging Face dataset without the package that reads it.
     """
     where = os.fspath(where)
-    prefix, slash, rest = where.partition("/")
-    kind = prefix.lower() if slash and prefix.lower() in KINDS else None
-    if slash and kind is None and prefix.lower() in ("hfids", "tfds", "torch"):
-        raise ValueError(
-            f"{where}: data of the kind {prefix}/ are not taken; there are {', '.join(KINDS)}, and for training alone "
-            "streams, hfids and tfds"
-        )
-    if "://" in where or where.startswith("wds/pipe:") or (kind == "wds" and "{" in rest):
-        raise ValueError(
-            f"{where}: what is streamed cannot be opened picture by picture; `smpconv-zoo train` takes it, named "
-            "wds/ADDRESS"
-        )
-    path = Path(rest if kind else where).expanduser()
+    kind, source = _named(where)
     if kind == "hfds":
-        # What is no folder here is a name on the Hub.
-        return _hugging_face(where, path if path.is_dir() else rest)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder of pictures")
+        return _hugging_face(where, source)
+    path = Path(source)
     kind = kind or _kind(path)
     if kind == "hfds":
         return _hugging_face(where, path)
     opened = {"folder": _folders, "tar": _tars, "wds": _shards}[kind](path)
     names, train, validation = opened
     return _checked(Pictures(where, kind, names, train, validation))
+
+
+def open_part(where: str | os.PathLike[str]) -> PicturePart:
+    """Find the pictures to measure on: the validation part, or all of them where there is no split.
+
+    As :func:`open_pictures`, but for what has no training part, or one that nobody needs to look at.
+
+    Args:
+        where: A folder or file, or PREFIX/PATH; see the top of this file.
+
+    Raises:
+        FileNotFoundError: There is nothing of this name.
+        ValueError: No pictures, pictures outside of the folders of classes, or without a label, or a split without a
+            validation part.
+        ImportError: A Hugging Face dataset without the package that reads it.
+    """
+    where = os.fspath(where)
+    kind, source = _named(where)
+    path = Path(source)
+    if kind is None:
+        kind = _kind(path)
+        place = _child(path, _VALIDATION) if path.is_dir() else None
+        if kind == "folder" and place is not None:
+            kind = _kind(place)
+    if kind == "hfds":
+        return _hugging_face_part(where, source if isinstance(source, str) else path)
+    if kind == "wds":
+        pictures = _read_shards(_shards_to_measure(path))
+        names = tuple(map(str, range(int(pictures.labels.max(initial=-1)) + 1)))
+        return _checked_part(PicturePart(where, kind, names, pictures))
+    place = path
+    if path.is_dir():
+        validation = _child(path, _VALIDATION)
+        if validation is None and _child(path, _TRAIN) is not None:
+            raise ValueError(f"{path} holds {_TRAIN[0]} but no {_VALIDATION[0]} to measure on")
+        place = path if validation is None else validation
+    found = _scan_folder(place) if kind == "folder" else _scan_tars(place)
+    names, labels = _numbered(found.classes)
+    files = _Files(found.where, found.pictures, labels) if kind == "folder" else None
+    part = files or _Members(found.tars, found.pictures, labels, shards=False)
+    return _checked_part(PicturePart(where, kind, names, part))
 
 
 def check_pictures(
@@ -437,6 +483,29 @@ class _Stretch(io.RawIOBase):
 # ------------------------------------------------------------------------------------------------------ what lies where
 
 
+def _named(where: str) -> tuple[str | None, str | Path]:
+    """The kind that a prefix names, and the path behind it, which exists; of a dataset on the Hub its name."""
+    prefix, slash, rest = where.partition("/")
+    kind = prefix.lower() if slash and prefix.lower() in KINDS else None
+    if slash and kind is None and prefix.lower() in ("hfids", "tfds", "torch"):
+        raise ValueError(
+            f"{where}: data of the kind {prefix}/ are not taken; there are {', '.join(KINDS)}, and for training alone "
+            "streams, hfids and tfds"
+        )
+    if "://" in where or where.startswith("wds/pipe:") or (kind == "wds" and "{" in rest):
+        raise ValueError(
+            f"{where}: what is streamed cannot be opened picture by picture; `smpconv-zoo train` takes it, named "
+            "wds/ADDRESS"
+        )
+    path = Path(rest if kind else where).expanduser()
+    if kind == "hfds" and not path.is_dir():
+        # What is no folder here is a name on the Hub.
+        return kind, rest
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder of pictures")
+    return kind, path
+
+
 def _kind(path: Path) -> str:
     if path.is_file():
         if path.suffix.lower() != ".tar":
@@ -501,8 +570,7 @@ def _opened(
     """Both parts by the classes of the first: names, training part, validation part."""
     places = _split(root)
     scans = [scan(place) for place in places if place is not None]
-    # With the name itself for what is equal to timm's key, such as 1 and 01: the order must not be one of chance.
-    names = tuple(sorted(set(scans[0].classes), key=lambda name: (natural_key(name), name)))
+    names, _ = _numbered(scans[0].classes)
     numbers = {name: number for number, name in enumerate(names)}
     if len(scans) == 2:
         unknown, missing = sorted(set(scans[1].classes) - set(names)), sorted(set(names) - set(scans[1].classes))
@@ -515,6 +583,14 @@ def _opened(
     return names, parts[0], parts[1] if len(parts) == 2 else None
 
 
+def _numbered(classes: Sequence[str]) -> tuple[tuple[str, ...], list[int]]:
+    """Names of the classes in their order, and the number of the class of each picture."""
+    # With the name itself for what is equal to timm's key, such as 1 and 01: the order must not be one of chance.
+    names = tuple(sorted(set(classes), key=lambda name: (natural_key(name), name)))
+    numbers = {name: number for number, name in enumerate(names)}
+    return names, [numbers[name] for name in classes]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Scan:
     """What was found in a part: where, the pictures, and the name of the class of each."""
@@ -523,6 +599,18 @@ class _Scan:
     tars: list[Path]
     pictures: list[Any]
     classes: list[str]
+
+
+def _checked_part(part: PicturePart) -> PicturePart:
+    """Refuse what nothing can be measured on."""
+    labels = part.pictures.labels
+    if not len(labels):
+        raise ValueError(f"{part.where} has no pictures; expected {_HELP[part.kind]}")
+    if labels.min() < 0:
+        raise ValueError(f"{part.where} has {(labels < 0).sum():,} pictures without a label")
+    if labels.max() >= len(part.classes):
+        raise ValueError(f"{part.where} has a label {labels.max()}, but {len(part.classes)} classes")
+    return part
 
 
 def _checked(pictures: Pictures) -> Pictures:
@@ -652,33 +740,67 @@ def _shards(root: Path) -> tuple[tuple[str, ...], PictureSet, PictureSet | None]
 def _split_shards(root: Path) -> tuple[list[Path], list[Path] | None]:
     if root.is_file():
         return [root], None
+    if (declared := _declared_shards(root)) is not None:
+        train, validation = (_first(names, declared) for names in (_TRAIN, _VALIDATION))
+        if train is None:
+            raise ValueError(f"{root} has no split {_TRAIN[0]} to learn from, only {', '.join(declared)}")
+        return _there(root, declared[train]), None if validation is None else _there(root, declared[validation])
+    train_place, validation_place = _split(root)
+    if train_place != root:
+        return _shards_at(train_place), None if validation_place is None else _shards_at(validation_place)
+    tars, to_learn, to_measure = _shards_by_name(root)
+    if to_measure and not to_learn:
+        raise ValueError(f"{root} holds shards to validate on, {to_measure[0].name}, but none to learn from")
+    return (to_learn, to_measure or None) if to_learn else (tars, None)
+
+
+def _shards_to_measure(root: Path) -> list[Path]:
+    """Those of the validation part, or all where there is no split."""
+    if root.is_file():
+        return [root]
+    if (declared := _declared_shards(root)) is not None:
+        split = _first(_VALIDATION, declared) or (next(iter(declared)) if len(declared) == 1 else None)
+        if split is None:
+            raise ValueError(f"{root} has no split {_VALIDATION[0]} to measure on, only {', '.join(declared)}")
+        return _there(root, declared[split])
+    validation = _child(root, _VALIDATION)
+    if validation is not None:
+        return _shards_at(validation)
+    tars, to_learn, to_measure = _shards_by_name(root)
+    if (to_learn or _child(root, _TRAIN) is not None) and not to_measure:
+        raise ValueError(f"{root} holds shards to learn from, but none to measure on")
+    return to_measure or tars
+
+
+def _declared_shards(root: Path) -> dict[str, list[Path]] | None:
+    """The splits that timm's ``_info.json`` names; None without such a file."""
     for name in ("_info.json", "info.json"):
-        if (root / name).is_file():
-            try:
-                splits = json.loads((root / name).read_text(encoding="utf-8"))["splits"]
-                parts = [
-                    [root / file for file in splits[split]["filenames"]]
-                    for split in (_first(names, splits) for names in (_TRAIN, _VALIDATION))
-                    if split is not None
-                ]
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{root / name} does not say what shards there are: {_line(error)}") from error
-            if missing := [str(path) for part in parts for path in part if not path.is_file()]:
-                raise ValueError(f"{root / name} names shards that are not there: {_listed(missing)}")
-            if _first(_TRAIN, splits) is None:
-                raise ValueError(f"{root / name} has no split {_TRAIN[0]} to learn from, only {', '.join(splits)}")
-            return parts[0], parts[1] if len(parts) == 2 else None
-    train, validation = _split(root)
-    if train != root:
-        both = [None if part is None else [part] if part.is_file() else _tars_in(part) for part in (train, validation)]
-        assert both[0] is not None
-        return both[0], both[1]
+        if not (root / name).is_file():
+            continue
+        try:
+            splits = json.loads((root / name).read_text(encoding="utf-8"))["splits"]
+            return {split: [root / file for file in of["filenames"]] for split, of in splits.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{root / name} does not say what shards there are: {_line(error)}") from error
+    return None
+
+
+def _there(root: Path, shards: list[Path]) -> list[Path]:
+    if missing := [str(path) for path in shards if not path.is_file()]:
+        raise ValueError(f"{root} names shards in its _info.json that are not there: {_listed(missing)}")
+    return shards
+
+
+def _shards_at(place: Path) -> list[Path]:
+    return [place] if place.is_file() else _tars_in(place)
+
+
+def _shards_by_name(root: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """All shards of a folder; those whose names say that they are to learn from, and to validate on."""
     tars = _tars_in(root)
     words = {path: set(re.split(r"[^a-z]+", path.stem.lower())) for path in tars}
-    named = [[path for path in tars if words[path] & set(names)] for names in (_TRAIN, _VALIDATION)]
-    if named[1] and not named[0]:
-        raise ValueError(f"{root} holds shards to validate on, {named[1][0].name}, but none to learn from")
-    return (named[0], named[1] or None) if named[0] else (tars, None)
+    to_learn, to_measure = ([path for path in tars if words[path] & set(names)] for names in (_TRAIN, _VALIDATION))
+    return tars, to_learn, to_measure
 
 
 def _read_shards(tars: list[Path]) -> _Members:
@@ -719,6 +841,33 @@ def class_number(data: bytes, name: str, field: str | None = None) -> int:
 
 
 def _hugging_face(where: str, source: str | Path) -> Pictures:
+    splits = _hugging_face_splits(where, source)
+    train = find_split(splits, training=True)
+    if train is None:
+        raise ValueError(f"{where} has no split {_TRAIN[0]} to learn from, only {', '.join(splits)}")
+    names, picture, label = _hugging_face_classes(where, splits[train])
+    validation = find_split(splits, training=False)
+    rows = [
+        None if split is None else _hugging_face_rows(where, splits, split, picture, label, names)
+        for split in (train, validation)
+    ]
+    assert rows[0] is not None
+    return _checked(Pictures(where, "hfds", names, rows[0], rows[1]))
+
+
+def _hugging_face_part(where: str, source: str | Path) -> PicturePart:
+    splits = _hugging_face_splits(where, source)
+    split = _first(_VALIDATION, splits) or (next(iter(splits)) if len(splits) == 1 else None)
+    if split is None:
+        raise ValueError(f"{where} has no split {_VALIDATION[0]} to measure on, only {', '.join(splits)}")
+    # Classes that are named by strings in the rows alone are numbered as in training, where there is a training part.
+    names, picture, label = _hugging_face_classes(where, splits[_first(_TRAIN, splits) or split])
+    return _checked_part(
+        PicturePart(where, "hfds", names, _hugging_face_rows(where, splits, split, picture, label, names))
+    )
+
+
+def _hugging_face_splits(where: str, source: str | Path) -> dict[str, Any]:
     if importlib.util.find_spec("datasets") is None:
         raise ImportError(
             f'{where} is a Hugging Face dataset, for which a package is needed: pip install "smpconv-zoo[hf]"'
@@ -732,33 +881,34 @@ def _hugging_face(where: str, source: str | Path) -> Pictures:
             found = datasets.load_dataset(str(source))
     except Exception as error:  # of the Hub, of file formats, of arrow: whatever the data bring about
         raise ValueError(f"{where} cannot be opened as a Hugging Face dataset: {_line(error)}") from error
-    splits = dict(found) if isinstance(found, dict) else {_TRAIN[0]: found}
-    train = find_split(splits, training=True)
-    if train is None:
-        raise ValueError(f"{where} has no split {_TRAIN[0]} to learn from, only {', '.join(splits)}")
-    features = splits[train].features
+    return dict(found) if isinstance(found, dict) else {_TRAIN[0]: found}
+
+
+def _hugging_face_classes(where: str, rows: Any) -> tuple[tuple[str, ...], str, str]:
+    """Names of the classes, and of the columns of pictures and labels."""
+    features = rows.features
     picture, label = picture_columns(where, features)
-    values = [value for value in splits[train][label][:] if value is not None]
     names = getattr(features[label], "names", None)
     if names is None:
+        values = [value for value in rows[label][:] if value is not None]
         strings = any(isinstance(value, str) for value in values)
         names = sorted(set(values), key=lambda name: (natural_key(name), name)) if strings else None
         names = names or [str(number) for number in range(max(values, default=-1) + 1)]
+    return tuple(names), picture, label
+
+
+def _hugging_face_rows(
+    where: str, splits: dict[str, Any], split: str, picture: str, label: str, names: Sequence[str]
+) -> _Rows:
+    import datasets
+
     numbers = {name: number for number, name in enumerate(names)}
-
-    def part(split: str | None) -> _Rows | None:
-        if split is None:
-            return None
-        rows = splits[split].select_columns([picture]).cast_column(picture, datasets.Image(decode=False))
-        values = splits[split][label][:]
-        if unknown := sorted({value for value in values if isinstance(value, str)} - set(numbers)):
-            raise ValueError(f"{where} has classes in {split} that are not in {train}: {_listed(unknown)}")
-        labels = [-1 if value is None else numbers.get(value, value) for value in values]
-        return _Rows(f"{where}, {split}", rows, picture, labels)
-
-    rows = part(train)
-    assert rows is not None
-    return _checked(Pictures(where, "hfds", tuple(names), rows, part(find_split(splits, training=False))))
+    rows = splits[split].select_columns([picture]).cast_column(picture, datasets.Image(decode=False))
+    values = splits[split][label][:]
+    if unknown := sorted({value for value in values if isinstance(value, str)} - set(numbers)):
+        raise ValueError(f"{where} has classes in {split} that are not in {_TRAIN[0]}: {_listed(unknown)}")
+    labels = [-1 if value is None else numbers.get(value, value) for value in values]
+    return _Rows(f"{where}, {split}", rows, picture, labels)
 
 
 def find_split(names: Iterable[str], *, training: bool) -> str | None:

@@ -24,14 +24,22 @@ from smpconv_zoo.data.fetching import fetch
 from smpconv_zoo.data.mnist1d import mnist1d_sequences
 from smpconv_zoo.data.mnist5k import mnist5k_images, mnist5k_sequences
 from smpconv_zoo.data.protocol import character_trajectories, permute_pixels, pixel_permutation
-from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest, clip_order
+from smpconv_zoo.data.speech_commands import WORDS, SpeechCommandsTest, clip_order, speech_commands_parts
 from smpconv_zoo.data.ts_files import read_ts_parts
 from smpconv_zoo.data.ucr import UCR_SETS, load_ucr
 from smpconv_zoo.pretrained.cards import CheckpointCard
 from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError
 
-__all__ = ["TEST_PARTS", "EvaluationData", "batches", "eval_command", "find_data_set", "open_test_set"]
+__all__ = [
+    "TEST_PARTS",
+    "EvaluationData",
+    "batches",
+    "dropped_share",
+    "eval_command",
+    "find_data_set",
+    "open_test_set",
+]
 
 AFTER_TRAINING = "reference-after-training"
 # How a test part is made. Only that of Speech Commands and that of permuted MNIST can be made in several ways.
@@ -87,6 +95,7 @@ def open_test_set(
     protocol: str = "sound",
     progress: FetchProgress | None = None,
     on_note: Callable[[str], None] | None = None,
+    dropped: int | None = None,
 ) -> EvaluationData:
     """The test part of a card's data. Files are looked for and their form is checked; no network is loaded.
 
@@ -96,11 +105,13 @@ def open_test_set(
         download: Whether to fetch data that are not in ``data_dir``, where no login is needed.
         protocol: How the part is made, see :data:`TEST_PARTS`.
         progress: Of a download; see :func:`~smpconv_zoo.data.fetching.fetch`, and ``on_note``.
+        dropped: Percent of the time steps of each sequence that are left out, with the mask of the others as one more
+            channel; as the card says if None.
 
     Raises:
         FileNotFoundError: The data are not there; the message says which are needed and how to get them.
-        ValueError: They are not what they should be, could not be fetched, or are of a kind or protocol that is not
-            known here.
+        ValueError: They are not what they should be, could not be fetched, are of a kind or protocol that is not known
+            here, or of one from which nothing is dropped.
         CheckpointError: The card's weights, which hold the order of its pixels, are not at hand.
         ImportError: A package that takes part is not installed.
     """
@@ -109,6 +120,12 @@ def open_test_set(
         raise ValueError(f"protocol must be one of {', '.join(TEST_PARTS)}, got {protocol!r}")
     if protocol == AFTER_TRAINING and key != ("MNIST", "permuted sequence"):
         raise ValueError(f"{AFTER_TRAINING} is for permuted MNIST, not for {card.id}: its test part is made in one way")
+    share = dropped_share(card) if dropped is None else dropped
+    if share != dropped_share(card) and key[0] in UCR_SETS:
+        return EvaluationData(TensorDataset(*load_ucr(key[0], share).test), protocol=protocol)
+    if share != dropped_share(card) and key not in _DROPPED_FORMS:
+        recorded = ", ".join(dict.fromkeys(name for name, _ in _DROPPED_FORMS))
+        raise ValueError(f"time steps are dropped from what was recorded, {recorded} or series, not from {key[0]}")
     if key in _BUILT_IN:
         return EvaluationData(_BUILT_IN[key](card), protocol=protocol)
     if key not in _FORMS:
@@ -118,13 +135,19 @@ def open_test_set(
     what = source.part + source.what
     need = f"{card.id} is measured on {what}"
     place = find_data_set(card.data.name, data_dir, download, need, eval_command(card), progress, on_note)
-    data = dataclasses.replace(_FORMS[key](card, place, protocol), protocol=protocol)
+    data = _DROPPED_FORMS[key](place, protocol, share) if share else _FORMS[key](card, place, protocol)
+    data = dataclasses.replace(data, protocol=protocol)
     if not len(data):
         raise ValueError(f"{place} holds {what} without a single sample")
     if len(data) != source.samples:
         short = f"{place} gives {len(data):,} test samples, the authors have {source.samples:,}: not the same data"
         data = dataclasses.replace(data, notes=(*data.notes, short))
     return data
+
+
+def dropped_share(card: CheckpointCard) -> int:
+    """Percent of the time steps that are left out of what a card is about."""
+    return _DROPPED.get(card.data.input, 0)
 
 
 def find_data_set(
@@ -162,13 +185,16 @@ def find_data_set(
     return place
 
 
-def batches(data: Dataset[Any], batch_size: int, workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    data: Dataset[Any], batch_size: int, workers: int, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
     """The samples in order, in batches x (N, ...), y (N,) int64.
 
     Args:
         data: Samples (x, y).
         batch_size: Samples at a time.
         workers: Processes that read ahead, at most one for each CPU; with 0 it is this process that reads.
+        pin_memory: Whether batches lie where a GPU fetches them from faster.
 
     Raises:
         ValueError: A size out of range, or a sample that cannot be read.
@@ -176,7 +202,7 @@ def batches(data: Dataset[Any], batch_size: int, workers: int) -> Iterator[tuple
     if batch_size < 1 or workers < 0:
         raise ValueError(f"batch_size must be at least 1 and workers 0 or more, got {batch_size} and {workers}")
     try:
-        yield from DataLoader(data, batch_size, num_workers=min(workers, _cpus()))
+        yield from DataLoader(data, batch_size, num_workers=min(workers, _cpus()), pin_memory=pin_memory)
     except ValueError as error:
         # From a worker an error comes with its whole traceback as its text; what it says is in the last line.
         last = str(error).strip().splitlines()[-1]
@@ -293,7 +319,7 @@ def _mnist1d(card: CheckpointCard) -> Dataset[Any]:
 
 
 def _ucr(card: CheckpointCard) -> Dataset[Any]:
-    return TensorDataset(*load_ucr(card.data.name, _DROPPED[card.data.input]).test)
+    return TensorDataset(*load_ucr(card.data.name, dropped_share(card)).test)
 
 
 def _imagenet(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
@@ -326,9 +352,13 @@ def _cifar10_sequence(card: CheckpointCard, place: Path, protocol: str) -> Evalu
 
 
 def _trajectories(card: CheckpointCard, place: Path, protocol: str) -> EvaluationData:
+    return _dropped_trajectories(place, protocol, 0)
+
+
+def _dropped_trajectories(place: Path, protocol: str, dropped: int) -> EvaluationData:
     series, labels = read_ts_parts(place, "CharacterTrajectories")
     try:
-        x, y = character_trajectories(series, labels)["test"]
+        x, y = character_trajectories(series, labels, dropped)["test"]
     except ValueError as error:
         raise ValueError(f"the series in {place} are not those of CharacterTrajectories: {error}") from error
     note = (
@@ -347,11 +377,28 @@ def _speech_raw(card: CheckpointCard, place: Path, protocol: str) -> EvaluationD
 
 
 def _speech(place: Path, as_mfcc: bool, protocol: str) -> EvaluationData:
-    note = (
+    clips = SpeechCommandsTest(place, as_mfcc, protocol)
+    return EvaluationData(clips, from_files=True, notes=(_speech_note(place, protocol),))
+
+
+def _dropped_mfcc(place: Path, protocol: str, dropped: int) -> EvaluationData:
+    return _dropped_speech(place, True, protocol, dropped)
+
+
+def _dropped_raw(place: Path, protocol: str, dropped: int) -> EvaluationData:
+    return _dropped_speech(place, False, protocol, dropped)
+
+
+def _dropped_speech(place: Path, as_mfcc: bool, protocol: str, dropped: int) -> EvaluationData:
+    parts = speech_commands_parts(place, as_mfcc, ("test",), dropped, protocol=protocol)
+    return EvaluationData(TensorDataset(*parts["test"]), notes=(_speech_note(place, protocol),))
+
+
+def _speech_note(place: Path, protocol: str) -> str:
+    return (
         f"{clip_order(place, protocol)}: some of these clips were among those they trained on, so this figure is too "
         "high and cannot equal theirs"
     )
-    return EvaluationData(SpeechCommandsTest(place, as_mfcc, protocol), from_files=True, notes=(note,))
 
 
 # Form of the input of a card -> percent of its time steps that were taken away.
@@ -373,4 +420,9 @@ _FORMS: dict[tuple[str, str], Callable[[CheckpointCard, Path, str], EvaluationDa
     ("CharacterTrajectories", "sequence of 182 steps"): _trajectories,
     ("Speech Commands, 10 words", "161 frames of 20 MFCCs"): _speech_mfcc,
     ("Speech Commands, 10 words", "waveform of 16,000 samples"): _speech_raw,
+}
+_DROPPED_FORMS: dict[tuple[str, str], Callable[[Path, str, int], EvaluationData]] = {
+    ("CharacterTrajectories", "sequence of 182 steps"): _dropped_trajectories,
+    ("Speech Commands, 10 words", "161 frames of 20 MFCCs"): _dropped_mfcc,
+    ("Speech Commands, 10 words", "waveform of 16,000 samples"): _dropped_raw,
 }
