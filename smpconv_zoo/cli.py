@@ -24,7 +24,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from smpconv_zoo._version import __version__
 from smpconv_zoo.benchmarks.cpu import PEERS, CpuTime, bench_cpu
 from smpconv_zoo.benchmarks.measure import record, write_record
-from smpconv_zoo.benchmarks.model import bench_model
+from smpconv_zoo.benchmarks.model import ModelTime, bench_model
 from smpconv_zoo.benchmarks.operator import DTYPES, OperatorTime, bench_operator
 from smpconv_zoo.benchmarks.sequence import TASKS, SequenceTime, bench_sequence
 from smpconv_zoo.benchmarks.synthesis import SynthesisTime, bench_synthesis
@@ -961,10 +961,20 @@ def bench_model_(
     if unknown:
         raise ValueError(f"{', '.join(unknown)}: timm knows no such network")
     target = _prepare(device, threads, out)
+
+    def entry(results: Sequence[ModelTime]) -> dict[str, Any]:
+        tf32 = torch.backends.cudnn.allow_tf32
+        return record(target, repeats=repeats, tf32=tf32, results=[_plain(result) for result in results])
+
     with _progress("measurements") as progress:
-        results = bench_model(chosen, target, batch_size, getattr(torch, dtype), repeats, compiled, progress)
-    tf32 = torch.backends.cudnn.allow_tf32
-    _report(record(target, repeats=repeats, tf32=tf32, results=[_plain(result) for result in results]), out, as_json)
+
+        def keep(results: Sequence[ModelTime], total: int) -> None:
+            progress(len(results), total)
+            if out is not None:
+                write_record(out, entry(results))
+
+        results = bench_model(chosen, target, batch_size, getattr(torch, dtype), repeats, compiled, keep)
+    _report(entry(results), out, as_json)
     if not as_json:
         rows = [
             (

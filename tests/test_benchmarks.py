@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from typer.testing import CliRunner
 
+from smpconv_zoo import cli
 from smpconv_zoo.benchmarks import cpu, measure, operator, sequence, synthesis
 from smpconv_zoo.cli import app
 
@@ -129,7 +131,7 @@ def test_cpu_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert half.exit_code == 0 and {each["dtype"] for each in json.loads(half.stdout)["results"]} == {"bfloat16"}
 
 
-def test_model_command(tmp_path: Path) -> None:
+def test_model_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "model.json"
     arguments = ["bench", "model", "test_smpconv", "test_convnext", "--batch-size", "2", "--repeats", "1"]
     for dtype in ("bfloat16", "float32"):
@@ -144,6 +146,17 @@ def test_model_command(tmp_path: Path) -> None:
             for layout in ("NCHW", "channels last")
         ]
         assert all(result["images_per_second"] > 0 and result["dtype"] == dtype for result in entry["results"])
+    kept: list[int] = []
+    real = cli.write_record
+
+    def write(path: Path, entry: dict[str, Any]) -> None:
+        real(path, entry)
+        kept.append(len(json.loads(path.read_text())["results"]))
+
+    # Compiling takes minutes: what was measured before is on the disk when it begins.
+    monkeypatch.setattr(cli, "write_record", write)
+    assert CliRunner().invoke(app, [*arguments[:3], *arguments[4:], "--out", str(out)]).exit_code == 0
+    assert kept == [1, 2, 3, 4, 4]
     done = CliRunner().invoke(app, ["bench", "model", "smpconv_huge"])
     assert done.exit_code == 1 and "smpconv_huge: timm knows no such network" in str(done.exception)
 

@@ -43,7 +43,7 @@ def bench_model(
     dtype: torch.dtype,
     repeats: int,
     compiled: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    on_result: Callable[[Sequence[ModelTime], int], None] | None = None,
 ) -> list[ModelTime]:
     """Time image networks.
 
@@ -54,7 +54,8 @@ def bench_model(
         dtype: float32, bfloat16 or float16.
         repeats: Of which the median counts.
         compiled: Whether to time what ``torch.compile`` makes of them as well.
-        progress: Called after each measurement with those done and in all.
+        on_result: Called after each measurement with those so far and their number in all: compiling takes minutes, and
+            what was measured before should not be lost with it.
     """
     # A scaled loss, as of float16, asks after every step whether it overflowed: no graph holds that.
     graphs = ["inference", *(["training"] if dtype != torch.float16 else [])] if device.type == "cuda" else []
@@ -63,11 +64,11 @@ def bench_model(
         works += ["training, compiled", "inference, compiled"]
         works += ["training, compiled, graph"] if "training" in graphs else []
     cases = [(name, work, layout) for name in networks for work in works for layout in _LAYOUTS]
-    results = []
-    for done, (name, work, layout) in enumerate(cases, start=1):
+    results: list[ModelTime] = []
+    for name, work, layout in cases:
         results.append(_measure(name, work, layout, device, batch_size, dtype, repeats))
-        if progress is not None:
-            progress(done, len(cases))
+        if on_result is not None:
+            on_result(results, len(cases))
     return results
 
 
