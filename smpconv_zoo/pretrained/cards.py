@@ -148,12 +148,12 @@ class Golden:
 class CheckpointCard:
     """Card of one checkpoint.
 
-    ``id`` is ``network.tag``, ``arguments`` those that build the network. ``status`` says where the weights are: ``"embedded"`` (they ship with the package),
-    ``"published"`` (on the Hub, see ``hub``), ``"imported"`` (in the local store of one machine), or ``"importable"``
-    (published by others, see ``origin``). ``tensors`` counts the entries of the state dict, ``macs`` the
-    multiply-accumulates of one input. ``scaling`` is that of the data where it is another than the network's own, which
-    timm's cfg has. ``paper`` is what the authors publish for this task, ``measured`` what we
-    measured with these very weights; either may be None. ``source`` is the file that imported weights were converted
+    ``id`` is ``network.tag``, ``arguments`` those that build the network. ``status`` says where the weights are:
+    ``"embedded"`` (they ship with the package), ``"published"`` (on the Hub, see ``hub``), ``"imported"`` (in the local
+    store of one machine), or ``"importable"`` (published by others, see ``origin``). ``tensors`` counts the entries of
+    the state dict, ``macs`` the multiply-accumulates of one input. ``scaling`` is that of the data where it is another
+    than the network's own, which timm's cfg has. ``paper`` is what the authors publish for this task, ``measured`` what
+    we measured with these very weights; either may be None. ``source`` is the file that imported weights were converted
     from.
     """
 
