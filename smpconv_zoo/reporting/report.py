@@ -110,7 +110,8 @@ def write_report_page(
         looks.append(look_at(card, batch_size))
     if progress is not None:
         progress(len(embedded), len(embedded) + 1)
-    sections |= network_sections(looks)
+    # Those with most to see first: long sequences and large pictures.
+    sections |= network_sections(sorted(looks, key=lambda look: -look.card.macs))
     ordered = [sections[name] for name in ORDER if name in sections]
     made = (
         f"Made by smpconv-zoo report on {hardware('cpu').partition(',')[0]}, with "
