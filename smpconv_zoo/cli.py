@@ -371,7 +371,7 @@ def demo(
     require_matplotlib()
     results = _evaluate(["*"], batch_size, device, threads)
     resolutions: list[ResolutionResult] = []
-    digits = [result.id for result in results if checkpoint_card(result.id).data.name == "mnist5k"]
+    digits = [name for name in match_checkpoints(["*"]) if checkpoint_card(name).data.name == "mnist5k"]
     for name in digits if resolution else ():
         with _progress(f"{name}, other resolutions") as progress:
             resolutions += evaluate_resolution(name, batch_size=batch_size, device=device, progress=progress)

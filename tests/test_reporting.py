@@ -317,7 +317,7 @@ def look_of(name: str, inputs: torch.Tensor, picture: bool, **arguments: object)
         layer.coords.data += 0.01
     order = torch.randperm(inputs.size(-1)) if picture else None
     confusion = ((9, 1), (0, 10))
-    result = EvaluationResult(name, 19, 20, 95.0, 1.0, None, None, None, confusion, (), "cpu", {})
+    result = EvaluationResult(name, 19, 20, 95.0, 1.0, None, None, None, confusion, "sound", "sound", (), "cpu", {})
     return Look(card, model, Start(start, "as it is drawn", 0.99), Samples(inputs, order, picture), result)
 
 
