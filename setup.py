@@ -10,41 +10,13 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+from setuptools import setup
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "cutlass"))
+sys.path.insert(0, str(Path(__file__).resolve().parent / "cutlass"))
 
-import build_cuda  # noqa: E402
+from binary_extension import BuildBinary, binary_extensions
 
-
-class BuildBinary(build_ext):
-    """Calls the CUDA compiler for an extension that is no Python module, but a library of operators."""
-
-    def build_extension(self, ext: Extension) -> None:
-        try:
-            build_cuda.build(Path(self.get_ext_fullpath(ext.name)))
-        except RuntimeError as error:
-            if build_cuda.is_wanted() == "1":
-                raise
-            self.warn(f"goes on without the CUDA kernels: {error}")
-
-    def get_outputs(self) -> list[str]:
-        return [path for path in super().get_outputs() if Path(path).is_file()]
-
-
-def extensions() -> list[Extension]:
-    """The binary, where it is to be built."""
-    wanted = build_cuda.is_wanted()
-    editable = "editable_wheel" in sys.argv or "develop" in sys.argv
-    if wanted == "0" or (wanted == "auto" and (editable or build_cuda.why_not() is not None)):
-        return []
-    sources = [f"cutlass/csrc/{name}" for name in build_cuda.SOURCES]
-    return [Extension("smpconv_zoo._cuda", sources, py_limited_api=True)]
-
-
-binary = extensions()
+binary = binary_extensions("smpconv_zoo", "cutlass/csrc")
 setup(
     ext_modules=binary,
     cmdclass={"build_ext": BuildBinary},

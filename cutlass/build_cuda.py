@@ -1,5 +1,5 @@
 """Builds the binary of the CUDA operator.
-Used by setup.py and by the tests; needs no GPU and imports no torch.
+Used by both setup.py and by the tests; needs no GPU and imports no torch.
 
     python cutlass/build_cuda.py OUTPUT.so
 
@@ -20,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 __all__ = ["ARCHITECTURES", "build", "compile_source", "find_nvcc", "find_torch", "is_wanted", "why_not"]
@@ -88,7 +89,9 @@ def architectures(nvcc: str) -> list[str]:
     return [name for name in ARCHITECTURES if f"sm_{name}" in known]
 
 
-def compile_source(source: Path, output: Path, names: list[str], nvcc: str, torch: Path) -> None:
+def compile_source(
+    source: Path, output: Path, names: list[str], nvcc: str, torch: Path, macros: Mapping[str, str | None] | None = None
+) -> None:
     """Compile one file for the compute capabilities ``names``; warnings are errors.
 
     Raises:
@@ -104,6 +107,7 @@ def compile_source(source: Path, output: Path, names: list[str], nvcc: str, torc
         "-Werror=all-warnings",
         f"-DTORCH_TARGET_VERSION={_STABLE_TARGET}",
         "-DUSE_CUDA",
+        *(f"-D{name}" if value is None else f"-D{name}={value}" for name, value in (macros or {}).items()),
         f"-isystem={torch / 'include'}",
         *targets,
         *("-c", str(source), "-o", str(output)),
@@ -111,12 +115,13 @@ def compile_source(source: Path, output: Path, names: list[str], nvcc: str, torc
     _run(command)
 
 
-def build(output: Path, sources: Path | None = None) -> None:
+def build(output: Path, sources: Path | None = None, macros: Mapping[str, str | None] | None = None) -> None:
     """Build the binary.
 
     Args:
         output: File to write.
         sources: Folder of the sources; that beside this file if None.
+        macros: For the compiler: ``SMPCONV_LIBRARY`` names the library that the operators are registered in.
 
     Raises:
         RuntimeError: It cannot be built here, or a compiler failed; the message says why.
@@ -131,7 +136,7 @@ def build(output: Path, sources: Path | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch, concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [Path(scratch) / f"{name}.o" for name in SOURCES]
         jobs = [
-            pool.submit(compile_source, folder / name, path, names, nvcc, torch)
+            pool.submit(compile_source, folder / name, path, names, nvcc, torch, macros)
             for name, path in zip(SOURCES, objects, strict=True)
         ]
         for job in jobs:

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -370,8 +371,44 @@ def test_metrics_go_to_tensorboard_where_it_is_installed(tmp_path):
     assert [event.step for event in events.Scalars("epoch/train_loss")] == [5, 10]
 
 
+TRACKED = """
+    import sys
+    from pathlib import Path
+    from test_engine import RECIPE, engine
+    from smpconv_zoo.training.run_folder import RunFolder
+
+    def die(done, _):
+        if done == 7 and sys.argv[3] == "first":
+            raise KeyboardInterrupt
+
+    trainer = engine(Path(sys.argv[1]), log_every=1, on_step=die)
+    trainer.folder = RunFolder(Path(sys.argv[1]), sys.argv[2])
+    trainer.resume()
+    trainer.fit()
+"""
+
+
+@pytest.mark.parametrize("name", ["trackio", "wandb"])
+def test_metrics_go_to_a_tracker_and_a_run_that_goes_on_stays_one(tmp_path, name):
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "TRACKIO_DIR": str(tmp_path / "trackio")}
+    first = run_python(TRACKED, tmp_path / "run", name, "first", **offline)
+    assert "KeyboardInterrupt" in first.communicate(timeout=120)[1]
+    again = run_python(TRACKED, tmp_path / "run", name, "again", **offline)
+    assert again.communicate(timeout=120)[1] is not None and again.returncode == 0
+    if name == "wandb":
+        names = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "wandb").glob("offline-run-*")}
+        assert len(names) == 1 and not (Path.cwd() / "wandb").exists()
+        return
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "smpconv_zoo.db")) as stored:
+        rows = [(*row[:2], json.loads(row[2])) for row in stored.execute("select run_name, step, metrics from metrics")]
+    assert {row[0] for row in rows} == {"run"}
+    assert {step for _, step, metrics in rows if "step/train_loss" in metrics} >= {1, 6, 8, 14}
+    assert {step for _, step, metrics in rows if "epoch/top1" in metrics} == {5, 10, 15}
+
+
 def run_python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **environment},

@@ -129,6 +129,16 @@ def test_large_spectra_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
+def test_of_large_spectra_the_last_one_is_kept(counts: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept, "_SMALL_BYTES", 3000)
+    cache, weight = KernelCache(), nn.Parameter(torch.randn(3, 1, 5, 5))
+    for size, computed in ((9, 1), (30, 2), (30, 2), (9, 2), (40, 3), (40, 3), (9, 3), (30, 4)):
+        x = torch.randn(1, 3, size, size)
+        assert torch.equal(convolve(x, weight, cache), convolve(x, weight, None))
+        assert len(counts) == computed, size
+
+
+@torch.no_grad()
 def test_threads_share_a_cache() -> None:
     cache, weight = KernelCache(), nn.Parameter(torch.randn(3, 1, 5, 5))
     inputs = [torch.randn(1, 3, 6 + i % 3, 7) for i in range(24)]

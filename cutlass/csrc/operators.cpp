@@ -11,6 +11,11 @@
 
 #include "launch.h"
 
+// The library of PyTorch's that the operators are registered in; another one where the operator is installed alone.
+#ifndef SMPCONV_LIBRARY
+#define SMPCONV_LIBRARY smpconv
+#endif
+
 namespace smpconv {
 namespace {
 
@@ -135,7 +140,7 @@ Tensor depthwise_conv2d_weight(const Tensor& given_grad, const Tensor& given_x, 
 }  // namespace smpconv
 
 // Schemas, shapes and derivatives are registered from Python, which needs them without this binary, too.
-STABLE_TORCH_LIBRARY_IMPL(smpconv, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(SMPCONV_LIBRARY, CUDA, m) {
   m.impl("depthwise_conv2d_forward", TORCH_BOX(&smpconv::depthwise_conv2d_forward));
   m.impl("depthwise_conv2d_input", TORCH_BOX(&smpconv::depthwise_conv2d_input));
   m.impl("depthwise_conv2d_weight", TORCH_BOX(&smpconv::depthwise_conv2d_weight));

@@ -14,9 +14,10 @@ from torch import Tensor
 
 __all__ = ["KernelCache"]
 
-# A spectrum of more bytes is computed at every call rather than kept: a network has a dozen of them.
-_KEPT_BYTES = 16 * 2**20
-# Kept for so many sizes of the input.
+# A network has a dozen of these. Spectra of up to 16 MiB are kept for some sizes of the input, of larger ones (raw
+# speech: 70 MiB, which take ten times as long as those of a single input) the last alone, and none beyond 128 MiB.
+_SMALL_BYTES = 16 * 2**20
+_KEPT_BYTES = 128 * 2**20
 _KEPT_SIZES = 4
 
 
@@ -64,8 +65,12 @@ class KernelCache:
         # A tensor made in inference mode could not be used outside it later.
         with torch.inference_mode(False), torch.no_grad():
             result = compute()
-        if result.numel() * result.element_size() <= _KEPT_BYTES:
-            self._kept = _Kept(kernel.detach(), mark, (*spectra[1 - _KEPT_SIZES :], (key, result)))
+        size = _bytes(result)
+        if size > _KEPT_BYTES:
+            return result
+        if size > _SMALL_BYTES:
+            spectra = tuple(entry for entry in spectra if _bytes(entry[1]) <= _SMALL_BYTES)
+        self._kept = _Kept(kernel.detach(), mark, (*spectra[1 - _KEPT_SIZES :], (key, result)))
         return result
 
     def clear(self) -> None:
@@ -77,3 +82,7 @@ class KernelCache:
 
     def __reduce__(self) -> tuple[type[KernelCache], tuple[()]]:
         return KernelCache, ()
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

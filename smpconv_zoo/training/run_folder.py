@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -128,7 +129,13 @@ class RunFolder:
             self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=update + 1)
         if self._tracker is not None:
             config = yaml.safe_load((self.path / "args.yaml").read_text(encoding="utf-8"))["recipe"]
-            self._run = self._tracker.init(project="smpconv_zoo", name=self.path.name, config=config)
+            options: dict[str, Any] = {"project": "smpconv_zoo", "name": self.path.name, "config": config}
+            if self._tracker.__name__ == "wandb":
+                # Its files beside the others, and one run there for one here, however many times it goes on.
+                first = json.loads((self.path / "environment.json").read_text(encoding="utf-8"))[0]
+                number = hashlib.sha256(json.dumps([self.path.name, first]).encode()).hexdigest()[:16]
+                options |= {"dir": str(self.path), "id": number}
+            self._run = self._tracker.init(**options, resume="allow")
 
     def log(self, entry: dict[str, Any]) -> None:
         """Add a line to the metrics; one of ``"kind": "epoch"`` is a row of the table as well."""
@@ -144,7 +151,8 @@ class RunFolder:
                 self._board.add_scalar(f"{entry['kind']}/{name}", value, entry["update"])
             self._board.flush()
         if self._run is not None:
-            self._tracker.log({f"{entry['kind']}/{name}": value for name, value in figures.items()})
+            named = {f"{entry['kind']}/{name}": value for name, value in figures.items()}
+            self._tracker.log(named, step=entry["update"])
 
     def close(self) -> None:
         """Close what :meth:`rewind` opened."""
