@@ -18,12 +18,14 @@ import torch
 from eval_scripts import call_script, load_script
 from golden_files import ROOT
 from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
 
 from smpconv_zoo.catalogue import match_checkpoints
 from smpconv_zoo.data.ucr import UCR_SETS, load_ucr
 from smpconv_zoo.description import load_described
 from smpconv_zoo.evaluation.classification import evaluate_checkpoint
-from smpconv_zoo.pretrained.cards import CardError, checkpoint_card, load_card, weights_dir
+from smpconv_zoo.evaluation.test_sets import EvaluationData
+from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, checkpoint_card, load_card, weights_dir
 from smpconv_zoo.pretrained.store import CheckpointError
 from smpconv_zoo.training.finetuning import find_start
 from smpconv_zoo.training.recipe import load_recipe
@@ -153,3 +155,25 @@ def test_the_table_of_the_readme_is_that_of_the_log() -> None:
 def test_the_log_names_no_places() -> None:
     assert len(RECORDS) >= 63
     assert not re.search(r"/(tmp|home|root|work|mnt|data)/", LOG.read_text(encoding="utf-8"))
+
+
+def test_a_wildcard_leaves_out_what_has_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from smpconv_zoo import cli
+
+    def opened(card: CheckpointCard, *_: Any) -> EvaluationData:
+        if card.id.endswith("gunpoint"):
+            raise FileNotFoundError("the series come with aeon")
+        x = torch.zeros(4, card.arguments["in_chans"], card.arguments["kernel_size"])
+        return EvaluationData(TensorDataset(x, torch.zeros(4, dtype=torch.int64)))
+
+    monkeypatch.setattr(cli, "open_test_set", opened)
+    runner = CliRunner()
+    done = runner.invoke(cli.app, ["eval", "smpconv_tcn.[bg]*", "--json"])
+    assert "smpconv_tcn.gunpoint is left out: the series come with aeon" in done.stderr
+    assert [result["id"] for result in json.loads(done.stdout)] == ["smpconv_tcn.basic_motions"]
+    # What is named has to be there.
+    for names in (["smpconv_tcn.gunpoint", "smpconv_tcn.basic_motions"], ["smpconv_tcn.g*"]):
+        done = runner.invoke(cli.app, ["eval", *names])
+        assert isinstance(done.exception, FileNotFoundError) and "checkpoint  " not in done.stdout
