@@ -60,6 +60,7 @@ def add_checkpoint(weights: Path, tag: str, permutation: list[int] | None, corre
             "input": "sequence" if permutation is None else "permuted sequence",
             "split": "test",
         },
+        "scaling": None,
         "paper": None,
         "measured": {"top1": correct / 10, "correct": correct, "total": 1000, **where},
         "training": None,

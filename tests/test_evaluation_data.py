@@ -45,7 +45,7 @@ from smpconv_zoo.pretrained.cards import checkpoint_card
 
 Call = Callable[..., tuple[int, str, str]]
 
-AUTHORS = [name for name in smpconv_zoo.list_checkpoints() if not name.endswith("5k")]
+AUTHORS = [name for name in smpconv_zoo.list_checkpoints() if checkpoint_card(name).status == "importable"]
 NORMALIZE = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 

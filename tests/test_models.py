@@ -602,8 +602,8 @@ def test_a_wrong_tag_lists_the_tags(create: Callable[..., nn.Module], pretrained
     sentence = "smpconv_tcn_mnist has no checkpoint tag 'foo'; its tags are: .*pmnist.*smnist5k"
     with pytest.raises(RuntimeError, match=sentence):
         create("smpconv_tcn_mnist.foo", pretrained=pretrained)
-    with pytest.raises(RuntimeError, match="smpconv_tcn has no checkpoint tag 'foo'; its tags are: none"):
-        create("smpconv_tcn.foo", pretrained=pretrained)
+    with pytest.raises(RuntimeError, match="smpconv_resnet has no checkpoint tag 'foo'; its tags are: none"):
+        create("smpconv_resnet.foo", pretrained=pretrained)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

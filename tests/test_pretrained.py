@@ -30,7 +30,8 @@ from smpconv_zoo.pretrained.cards import CardError, checkpoint_card, list_checkp
 from smpconv_zoo.pretrained.locate import load_weights
 from smpconv_zoo.pretrained.store import CheckpointError, read_checkpoint, read_safetensors, sha256_of
 
-EMBEDDED = ["smpconv_tcn_mnist.pmnist5k", "smpconv_tcn_mnist.smnist5k", "smpconv_resnet_mnist.mnist5k"]
+SERIES = [f"smpconv_tcn.{tag}" for tag in ("arrowhead", "basic_motions", "gunpoint", "italy_power_demand")]
+EMBEDDED = ["smpconv_tcn_mnist.pmnist5k", "smpconv_tcn_mnist.smnist5k", "smpconv_resnet_mnist.mnist5k", *SERIES]
 IMPORTABLE = [name for name in list_checkpoints() if name not in EMBEDDED]
 TINY = {"kernel_sizes": [13, 11, 9, 7], "depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32], "num_classes": 10}
 

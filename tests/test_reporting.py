@@ -389,6 +389,13 @@ def test_the_study_is_shown_where_it_is_and_said_to_be_missing_where_it_is_not(t
     assert chosen.header == ("data", "points that move", "fixed grid", "made by an MLP", "something new")
     assert chosen.rows[0] == ("gunpoint", *(f"{v:.2f} ± 1.41 (2)" for v in (95.0, 96.0, 94.0, 93.0)))
     assert chosen.rows[2][:2] == ("japanese-vowels, 30 % dropped", "92.00 ± 1.41 (2)")
+    plain = read_study(
+        write_lines(tmp_path / "plain.jsonl", [line for line in made_study() if line["stage"] != "choose"])
+    )
+    assert plain is not None
+    (only,) = study_tables(plain)
+    assert (only.id, only.rows, only.folded) == ("study-reference", reference.rows, False)
+    assert "Nothing chosen" in only.caption
     assert reference.rows[0][1] == "97.00 ± 1.41 (2)" and settings.rows[0] == ("gunpoint", *["mean"] * 4)
     found = {figure.id: figure for figure in study_figures(study)}
     panels = {name: len(figure.drawings) for name, figure in found.items()}

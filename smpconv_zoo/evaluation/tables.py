@@ -79,6 +79,7 @@ def _section(card: CheckpointCard) -> str:
         )
     if card.training is not None:
         lines.append(f"- trained by `{card.training.command}`, seed {card.training.seed}, {card.training.hardware}")
+        lines.append(f"- chosen by: {card.training.chosen_by}")
     lines += [f"- file: `{file.name}`, {file.bytes:,} bytes, sha256 `{file.sha256}`" for file in card.files]
     return "\n".join(lines) + "\n"
 

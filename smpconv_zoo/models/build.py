@@ -38,6 +38,7 @@ __all__ = [
     "check_arguments",
     "check_head",
     "check_input",
+    "checkpoint_arguments",
     "checkpoint_cfgs",
     "create_on_meta",
     "match_state_dict",
@@ -66,21 +67,46 @@ class ImageHead(ClassifierHead):
         self.eval()
 
 
-def checkpoint_cfgs(network: str, cfg: dict[str, Any], default_tag: str = "") -> dict[str, dict[str, Any]]:
+def checkpoint_cfgs(network: str, cfg: dict[str, Any], default_tag: str | None = "") -> dict[str, dict[str, Any]]:
     """timm's default cfgs of a network, one for each checkpoint that has a card.
 
     The default comes first, then those whose weights are at hand or on the Hub; ``timm.list_pretrained`` lists these.
+    With a ``default_tag`` of None the network's bare name stands for no checkpoint: it is built for data of one's own.
     """
     cards = [checkpoint_card(name) for name in list_checkpoints() if name.startswith(f"{network}.")]
     sources = {card.id: _weight_source(card) for card in cards}
     cards.sort(key=lambda card: (card.tag != default_tag, card.status != "embedded", not sources[card.id]))
     if not cards:
         return {network: cfg}
-    return {card.id: {**cfg, **_card_cfg(card), **sources[card.id]} for card in cards}
+    cfgs = {card.id: {**cfg, **_card_cfg(card, cfg), **sources[card.id]} for card in cards}
+    # By the star timm knows a default, even one without weights.
+    return cfgs if default_tag is not None else {**cfgs, f"{network}.*": cfg}
 
 
-def _card_cfg(card: CheckpointCard) -> dict[str, Any]:
-    return {"license": card.license.lower(), "description": f"{card.data.name}, {card.data.input}"}
+def checkpoint_arguments(network: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of an entrypoint, behind those by which the card of the checkpoint that they name builds the network.
+
+    For networks whose checkpoints differ in size; the user's arguments stand.
+    """
+    tag = arguments.get("pretrained_cfg")
+    if not isinstance(tag, str) or f"{network}.{tag}" not in list_checkpoints():
+        return arguments
+    return {**checkpoint_card(f"{network}.{tag}").arguments, **arguments}
+
+
+def _card_cfg(card: CheckpointCard, cfg: dict[str, Any]) -> dict[str, Any]:
+    """What a card says of the input, the classes and the data, where the network's own cfg says otherwise."""
+    entries: dict[str, Any] = {"license": card.license.lower(), "description": f"{card.data.name}, {card.data.input}"}
+    if "num_classes" in card.arguments:
+        entries["num_classes"] = card.arguments["num_classes"]
+    channels, height, width = cfg["input_size"]
+    if height == 1:
+        # A sequence is as long as the kernels.
+        width = card.arguments.get("kernel_size", width)
+    entries["input_size"] = (card.arguments.get("in_chans", channels), height, width)
+    if card.scaling is not None:
+        entries |= {"mean": card.scaling.mean, "std": card.scaling.std}
+    return entries
 
 
 def _weight_source(card: CheckpointCard) -> dict[str, Any]:
@@ -201,8 +227,10 @@ def _load_weights(variant: str, cfg: Any, overlay: dict[str, Any], cache_dir: An
         raise CheckpointError(
             f"nothing vouches for {cfg.url}: download it and pass pretrained_cfg_overlay=dict(file=...)"
         )
+    tagged = [name for name in list_checkpoints() if name.startswith(f"{variant}.")]
     raise CheckpointError(
         f"there are no pretrained weights for {variant}; create it with pretrained=False and train it"
+        + (f", or name one of {', '.join(tagged)}" if tagged else "")
     )
 
 

@@ -33,6 +33,7 @@ from smpconv_zoo.models.build import (
     check_arguments,
     check_head,
     check_input,
+    checkpoint_arguments,
     checkpoint_cfgs,
     recompute,
 )
@@ -607,7 +608,7 @@ default_cfgs = generate_default_cfgs(
             "smpconv_resnet_mnist",
             _image_cfg(input_size=(1, 28, 28), pool_size=(28, 28), mean=(0.1307,), std=(0.3081,)),
         ),
-        "smpconv_tcn": _sequence_cfg(1, 256),
+        **checkpoint_cfgs("smpconv_tcn", _sequence_cfg(1, 256), None),
         "smpconv_resnet": _image_cfg(),
         "test_smpconv_tcn": _sequence_cfg(1, 32),
     }
@@ -616,8 +617,11 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def smpconv_tcn(pretrained: bool = False, **kwargs: Any) -> SMPConvTCN:
-    """SMPConvTCN for your own sequences: pass ``in_chans``, ``num_classes`` and ``kernel_size`` (their length)."""
-    return build_smpconv(SMPConvTCN, "smpconv_tcn", pretrained, **kwargs)
+    """SMPConvTCN for your own sequences: pass ``in_chans``, ``num_classes`` and ``kernel_size`` (their length).
+
+    A checkpoint, such as ``smpconv_tcn.gunpoint``, brings those of its data.
+    """
+    return build_smpconv(SMPConvTCN, "smpconv_tcn", pretrained, **checkpoint_arguments("smpconv_tcn", kwargs))
 
 
 @register_model

@@ -66,6 +66,14 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scaling:
+    """What samples were brought to before the network saw them: ``(x - mean) / std``, a number for every channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class PaperResult:
     """A published figure: top-1 in percent, and where it stands."""
 
@@ -140,11 +148,12 @@ class Golden:
 class CheckpointCard:
     """Card of one checkpoint.
 
-    ``id`` is ``network.tag``. ``status`` says where the weights are: ``"embedded"`` (they ship with the package),
-    ``"published"`` (on the Hub, see ``hub``), ``"imported"`` (in the local store of one machine), or ``"importable"``
-    (published by others, see ``origin``). ``tensors`` counts the entries of the state dict, ``macs`` the
-    multiply-accumulates of one input. ``paper`` is what the authors publish for this task, ``measured`` what we
-    measured with these very weights; either may be None. ``source`` is the file that imported weights were converted
+    ``id`` is ``network.tag``, ``arguments`` those that build the network. ``status`` says where the weights are:
+    ``"embedded"`` (they ship with the package), ``"published"`` (on the Hub, see ``hub``), ``"imported"`` (in the local
+    store of one machine), or ``"importable"`` (published by others, see ``origin``). ``tensors`` counts the entries of
+    the state dict, ``macs`` the multiply-accumulates of one input. ``scaling`` is that of the data where it is another
+    than the network's own, which timm's cfg has. ``paper`` is what the authors publish for this task, ``measured`` what
+    we measured with these very weights; either may be None. ``source`` is the file that imported weights were converted
     from.
     """
 
@@ -157,6 +166,7 @@ class CheckpointCard:
     parameters: int
     macs: int
     data: Data
+    scaling: Scaling | None
     paper: PaperResult | None
     measured: MeasuredResult | None
     training: Training | None
@@ -229,6 +239,10 @@ def load_card(path: Path) -> CheckpointCard:
         raise CardError(f"{path.name}: {', '.join(taken)} are no arguments of a network")
     if min(card.tensors, card.parameters, card.macs, *(file.bytes for file in card.files)) < 0:
         raise CardError(f"{path.name}: tensors, parameters, macs and bytes are counts, none is negative")
+    if card.scaling is not None and (
+        len(card.scaling.mean) != len(card.scaling.std) or not card.scaling.std or min(card.scaling.std) <= 0
+    ):
+        raise CardError(f"{path.name}: scaling is a mean and a positive deviation for every channel")
     if path.name not in (f"{card.id}.json", "card.json") or card.id != f"{card.network}.{card.tag}" or not card.tag:
         raise CardError(f"{path.name} declares id {card.id!r} and network {card.network!r}, which do not fit its name")
     if card.status not in STATUSES:

@@ -102,7 +102,7 @@ def accuracy_figure(cards: Sequence[CheckpointCard], root: Path) -> Figure | Non
         "data, not measured here.",
         tuple(drawings),
         (
-            *(Source(training.log, training.command) for _, training in trained),
+            *dict.fromkeys(Source(training.log, training.command) for _, training in trained),
             Source("weights/README.md", "python -m smpconv_zoo.evaluation.tables --page"),
         ),
         (*(_form_entry(card) for card in measured), *((("published", "muted", "ring"),) if published else ())),
@@ -265,12 +265,24 @@ def study_tables(study: Study) -> list[Table]:
 
     header = ("data", *(name for name, _, _ in looks.values()))
     sources = _study_sources(study)
+    nothing_chosen = "Nothing chosen: read-out at the last step, points about one tap wide."
+    if all(run.stage != "choose" for run in study.runs):
+        caption = (
+            "Test top-1 in percent, mean ± standard deviation (seeds). The networks of a row differ in their large "
+            f"kernels alone. {nothing_chosen}"
+        )
+        return [
+            Table(
+                "study-reference", "Accuracy with the reference's settings", caption, header, rows(reference), sources
+            )
+        ]
     tables = [
         Table(
             "study-chosen",
             "Accuracy",
             "Test top-1 in percent, mean ± standard deviation (seeds). The networks of a row differ in their large "
-            "kernels alone, and in settings: each kind has those that did best on held-out training data.",
+            "kernels alone, and in settings: each kind has those that did best on held-out training data, or the "
+            "reference's as long as it has no such runs.",
             header,
             rows(chosen),
             sources,
@@ -278,7 +290,7 @@ def study_tables(study: Study) -> list[Table]:
         Table(
             "study-reference",
             "The same with the reference's settings",
-            "Nothing chosen: read-out at the last step, points about one tap wide.",
+            nothing_chosen,
             header,
             rows(reference),
             sources,

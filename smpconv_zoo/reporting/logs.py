@@ -69,13 +69,13 @@ class TrainingLog:
 
 
 def read_training(path: Path) -> TrainingLog | None:
-    """The log of a run as ``smpconv-zoo train --final`` leaves it; None for a log of another form.
+    """The log of a run as ``smpconv-zoo train --final`` leaves it; None for a log of another form, or none at all.
 
     Raises:
         OSError: It cannot be read.
         ValueError: A line of a ``.jsonl`` file is not a JSON object.
     """
-    header, *lines = _json_lines(path) if path.suffix == ".jsonl" else [{}]
+    header, *lines = _json_lines(path) if path.suffix == ".jsonl" and path.is_file() else [{}]
     epochs = [line for line in lines if {"epoch", "train_loss", "seconds"} <= line.keys()]
     if not epochs or not {"command", "hardware", "recipe"} <= header.keys():
         return None

@@ -74,7 +74,7 @@ def write_report_page(
     batch_size: int = 100,
     progress: Callable[[int, int], None] | None = None,
 ) -> Written:
-    """Measure the shipped checkpoints again, read the logs, and write the page.
+    """Measure the shipped checkpoints again, read the logs, and write the page; what cannot be measured is left out.
 
     Args:
         out: The HTML file; its folder is made if need be.
@@ -87,7 +87,7 @@ def write_report_page(
         What was written.
 
     Raises:
-        FileNotFoundError: No clone of the repository, or data of a checkpoint that are not there.
+        FileNotFoundError: No clone of the repository.
         ImportError: matplotlib, for PNG files, or a package with data is not installed; the message names it.
         ValueError: A log is not what it should be.
         OSError: A file cannot be read or written.
@@ -100,8 +100,8 @@ def write_report_page(
     sections = log_sections(root)
     embedded = [card for card in cards if card.status == "embedded"]
     # All data are opened before the first network runs.
-    for card in embedded:
-        open_test_set(card)
+    missing = [card for card in embedded if not _has_data(card)]
+    embedded = [card for card in embedded if card not in missing]
     page.parent.mkdir(parents=True, exist_ok=True)
     looks = []
     for done, card in enumerate(embedded):
@@ -110,7 +110,8 @@ def write_report_page(
         looks.append(look_at(card, batch_size))
     if progress is not None:
         progress(len(embedded), len(embedded) + 1)
-    sections |= network_sections(looks)
+    # Those with most to see first: long sequences and large pictures.
+    sections |= network_sections(sorted(looks, key=lambda look: -look.card.macs))
     ordered = [sections[name] for name in ORDER if name in sections]
     made = (
         f"Made by smpconv-zoo report on {hardware('cpu').partition(',')[0]}, with "
@@ -124,8 +125,20 @@ def write_report_page(
         page,
         pictures,
         differing=tuple(look.card.id for look in looks if look.result.agrees is False),
-        left_out=tuple(section.lead for section in ordered if not section.parts),
+        left_out=(
+            *(section.lead for section in ordered if not section.parts),
+            *(f"{card.id} is not measured again: {card.data.name} is not there" for card in missing),
+        ),
     )
+
+
+def _has_data(card: CheckpointCard) -> bool:
+    """Whether the test part of a shipped checkpoint is at hand."""
+    try:
+        open_test_set(card)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 # Sections by their ids, as the page has them.

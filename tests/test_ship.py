@@ -1,0 +1,180 @@
+"""`eval/ship.py` and what it shipped: cards as the log says, networks that their cards size, the README's table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import statistics
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from eval_scripts import call_script, load_script
+from golden_files import ROOT
+from safetensors.torch import load_file
+from torch.utils.data import TensorDataset
+
+from smpconv_zoo.catalogue import match_checkpoints
+from smpconv_zoo.data.ucr import UCR_SETS, load_ucr
+from smpconv_zoo.description import load_described
+from smpconv_zoo.evaluation.classification import evaluate_checkpoint
+from smpconv_zoo.evaluation.test_sets import EvaluationData
+from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, checkpoint_card, load_card, weights_dir
+from smpconv_zoo.pretrained.store import CheckpointError
+from smpconv_zoo.training.finetuning import find_start
+from smpconv_zoo.training.recipe import load_recipe
+
+SERIES = match_checkpoints(["smpconv_tcn.*"])
+LOG = ROOT / "eval" / "results" / "study.jsonl"
+RECORDS: list[dict[str, Any]] = [json.loads(line) for line in LOG.read_text(encoding="utf-8").splitlines()]
+needs_series = pytest.mark.skipif(find_spec("aeon") is None, reason="needs aeon, which carries the series")
+
+
+def runs(data: str, kernel: str = "points") -> list[dict[str, Any]]:
+    finals = [record for record in RECORDS if record.get("stage") == "final" and "test" in record]
+    found = [run for run in finals if (run["data"], run["kernel"], run["option"]) == (data, kernel, "")]
+    return sorted(found, key=lambda run: run["seed"])
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_a_card_says_what_the_log_says(name: str) -> None:
+    card = checkpoint_card(name)
+    first, *_ = of_all = runs(card.data.name)
+    assert card.measured is not None and card.training is not None and card.golden is not None
+    assert (card.measured.correct, card.measured.total) == (first["test"]["correct"], first["test"]["total"])
+    assert card.files[0].sha256 == first["weights"]["sha256"] and card.parameters == first["parameters"]
+    assert (card.training.seed, card.training.command) == (0, first["command"])
+    assert (card.training.hardware, card.training.versions) == (first["hardware"], first["versions"])
+    tops = [run["test"]["top1"] for run in of_all]
+    said = f"{statistics.fmean(tops):.2f} % in the mean, standard deviation {statistics.stdev(tops):.2f}"
+    assert said in card.training.chosen_by and f"seeds 0 to {len(of_all) - 1}" in card.training.chosen_by
+    assert dataclasses.asdict(load_recipe(name)) == first["recipe"]
+    assert UCR_SETS[card.data.name].files in card.origin and "timeseriesclassification.com" in card.origin
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_the_card_sizes_the_network(name: str) -> None:
+    card = checkpoint_card(name)
+    channels, classes, length = (card.arguments[key] for key in ("in_chans", "num_classes", "kernel_size"))
+    model: Any = timm.create_model(name, pretrained=True).eval()
+    stored = load_file(weights_dir() / card.files[0].name)
+    assert all(torch.equal(tensor, stored[key]) for key, tensor in model.state_dict().items())
+    cfg = model.pretrained_cfg
+    assert cfg["input_size"] == (channels, 1, length) and cfg["num_classes"] == classes == model.num_classes
+    assert card.scaling is not None and cfg["mean"] == card.scaling.mean and cfg["std"] == card.scaling.std
+    assert model(torch.zeros(2, channels, length)).shape == (2, classes)
+    # What is asked for stands before what the card says.
+    other: Any = timm.create_model(name, pretrained=True, num_classes=classes + 3, kernel_size=2 * length)
+    assert other.num_classes == classes + 3 and other.blocks[0].conv1.large.conv.kernel_size == (2 * length,)
+    assert timm.create_model(name, pretrained=True, sample_rate=2.0).pretrained_cfg["input_size"][-1] == 2 * length
+    _, description = load_described(name)
+    assert description.classes == UCR_SETS[card.data.name].classes
+    assert description.preprocessing.mean == card.scaling.mean
+
+
+def test_the_bare_name_is_for_data_of_ones_own() -> None:
+    model: Any = timm.create_model("smpconv_tcn")
+    assert model.num_classes == 10 and model.pretrained_cfg["input_size"] == (1, 1, 256)
+    assert find_start("smpconv_tcn").pretrained is False
+    assert find_start("smpconv_tcn.gunpoint").arguments["kernel_size"] == 150
+    assert set(SERIES) <= set(timm.list_pretrained()) and "smpconv_tcn" not in timm.list_pretrained()
+    with pytest.raises(RuntimeError, match=r"smpconv_tcn has no checkpoint tag 'coffee'; its tags are: arrowhead, "):
+        timm.create_model("smpconv_tcn.coffee", pretrained=True)
+    with pytest.raises(CheckpointError, match=r"train it, or name one of smpconv_tcn\.arrowhead, "):
+        timm.create_model("smpconv_tcn", pretrained=True)
+
+
+@pytest.mark.parametrize("scaling", [{"mean": [0.0], "std": [1.0, 1.0]}, {"mean": [0.0], "std": [0.0]}])
+def test_a_scaling_that_is_none_is_refused(scaling: dict[str, list[float]], tmp_path: Path) -> None:
+    card = json.loads((weights_dir() / f"{SERIES[0]}.json").read_text(encoding="utf-8"))
+    path = tmp_path / f"{SERIES[0]}.json"
+    path.write_text(json.dumps({**card, "scaling": scaling}), encoding="utf-8")
+    with pytest.raises(CardError, match="scaling is a mean and a positive deviation for every channel"):
+        load_card(path)
+
+
+@needs_series
+@pytest.mark.parametrize("name", SERIES)
+def test_the_figure_of_a_card_is_measured_again(name: str) -> None:
+    card = checkpoint_card(name)
+    parts = load_ucr(card.data.name)
+    assert card.scaling is not None
+    np.testing.assert_allclose(card.scaling.mean, parts.mean, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(card.scaling.std, parts.std, rtol=1e-5)
+    assert evaluate_checkpoint(name).agrees is True
+
+
+@needs_series
+def test_shipping_again_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ship(*arguments: object) -> tuple[int, str, str]:
+        options = ("--weights", weights_dir(), "--log", LOG.relative_to(ROOT), "--out", tmp_path)
+        return call_script("ship", *arguments, *options, monkeypatch=monkeypatch, capsys=capsys)
+
+    monkeypatch.chdir(ROOT)
+    recipes = tmp_path / load_script("ship").RECIPES
+    recipes.mkdir(parents=True)
+    (tmp_path / "weights").mkdir()
+    code, out, err = ship("gunpoint")
+    assert (code, err) == (0, "") and "smpconv_tcn.gunpoint: 148 of 150" in out
+    again, card = load_card(tmp_path / "weights" / "smpconv_tcn.gunpoint.json"), checkpoint_card("smpconv_tcn.gunpoint")
+    assert again.training == card.training and (again.data, again.origin) == (card.data, card.origin)
+    assert again.files == card.files and again.arguments == card.arguments
+    name = "smpconv_tcn.gunpoint.yaml"
+    assert (recipes / name).read_bytes() == (ROOT / load_script("ship").RECIPES / name).read_bytes()
+    shutil.rmtree(tmp_path / "weights")
+    # Nothing is written of several where one cannot be.
+    code, out, err = ship("gunpoint", "acsf1")
+    assert code == 1 and out == "" and "no final run of acsf1" in err and not (tmp_path / "weights").exists()
+    code, _, err = ship("mnist1d")
+    assert code == 1 and "'mnist1d' is none of the series" in err
+    wrong = [{**run, "test": {**run["test"], "correct": 149}} for run in runs("gunpoint")]
+    with pytest.raises(ValueError, match="classifies 148 of 150 test samples, the log says 149 of 150: not shipped"):
+        load_script("ship").ship(wrong, weights_dir(), "log")
+
+
+def test_the_table_of_the_readme_is_that_of_the_log() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for data in ("gunpoint", "italy-power-demand", "arrowhead", "basic-motions"):
+        line = re.search(rf"^\| {UCR_SETS[data].files} \(.*\n", text, flags=re.M)
+        assert line is not None
+        cells = [cell.strip() for cell in line[0].strip().strip("|").split("|")]
+        total = int(cells[0].partition("(")[2].split()[0].rstrip(")").replace(",", ""))
+        for kernel, cell in zip(("points", "fixed", "short", "mlp"), cells[1:5], strict=True):
+            tops = [run["test"]["top1"] for run in runs(data, kernel)]
+            assert cell == (f"{statistics.fmean(tops):.2f} ± {statistics.stdev(tops):.2f}" if tops else "")
+            assert all(run["test"]["total"] == total for run in runs(data, kernel))
+
+
+def test_the_log_names_no_places() -> None:
+    assert len(RECORDS) >= 63
+    assert not re.search(r"/(tmp|home|root|work|mnt|data)/", LOG.read_text(encoding="utf-8"))
+
+
+def test_a_wildcard_leaves_out_what_has_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from smpconv_zoo import cli
+
+    def opened(card: CheckpointCard, *_: Any) -> EvaluationData:
+        if card.id.endswith("gunpoint"):
+            raise FileNotFoundError("the series come with aeon")
+        x = torch.zeros(4, card.arguments["in_chans"], card.arguments["kernel_size"])
+        return EvaluationData(TensorDataset(x, torch.zeros(4, dtype=torch.int64)))
+
+    monkeypatch.setattr(cli, "open_test_set", opened)
+    runner = CliRunner()
+    done = runner.invoke(cli.app, ["eval", "smpconv_tcn.[bg]*", "--json"])
+    assert "smpconv_tcn.gunpoint is left out: the series come with aeon" in done.stderr
+    assert [result["id"] for result in json.loads(done.stdout)] == ["smpconv_tcn.basic_motions"]
+    # What is named has to be there.
+    for names in (["smpconv_tcn.gunpoint", "smpconv_tcn.basic_motions"], ["smpconv_tcn.g*"]):
+        done = runner.invoke(cli.app, ["eval", *names])
+        assert isinstance(done.exception, FileNotFoundError) and "checkpoint  " not in done.stdout
