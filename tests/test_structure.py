@@ -65,7 +65,7 @@ ORDER_WITHIN = {
         ("store",),
         ("home",),
         ("hub",),
-        ("locate",),
+        ("hub_names", "locate"),
         ("__init__",),
     ),
     "models": (("sizes",), ("build",), ("image", "sequence"), ("__init__",)),

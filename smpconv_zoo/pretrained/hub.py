@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +32,7 @@ from smpconv_zoo.pretrained.store import CheckpointError
 
 __all__ = [
     "CARD_NAME",
+    "CONFIG_NAME",
     "WEIGHTS_NAME",
     "HubFileMissingError",
     "cached",
@@ -41,16 +43,19 @@ __all__ = [
     "fetch",
     "is_offline",
     "known_missing",
+    "look_for_config",
 ]
 
 # What a published checkpoint's files are called in its repository, and in a folder made from one.
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
+CONFIG_NAME = "config.json"
 
 # Seconds. The client's own look-up repeats itself for up to 46 s; one answer to one small question needs none of that.
 ANSWER_TIMEOUT = 4.0
 # Name resolution and several addresses of one host know no timeout of the client's.
 REACH_TIMEOUT = 8.0
+AGAIN_AFTER = 1.0
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -80,7 +85,7 @@ def known_missing(repo: str, revision: str, name: str, cache_dir: str | os.PathL
 
 def commit_of(repo: str, revision: str, cache_dir: str | os.PathLike[str] | None = None) -> str:
     """The commit that timm has just read the repository's config.json at, so that the weights are of the same one."""
-    config = cached(repo, revision, "config.json", cache_dir)
+    config = cached(repo, revision, CONFIG_NAME, cache_dir)
     return config.parent.name if config else revision
 
 
@@ -119,6 +124,40 @@ def fetch(
     except Exception as error:  # the client lets errors of its HTTP and Xet libraries through, with no common base
         raise _explained(error, file, remedy, cache_dir) from error
     return Path(found), True
+
+
+def look_for_config(repo: str, revision: str, remedy: str, cache_dir: str | os.PathLike[str] | None = None) -> None:
+    """Whether somebody answers at the Hub, if a repository's config.json has to be asked for there.
+
+    Any answer will do: what it means, the client tells its caller. A look-up that fails is repeated once.
+
+    Raises:
+        CheckpointError: Nobody answers (known within 10 s).
+    """
+    try:
+        if is_offline() or cached(repo, revision, CONFIG_NAME, cache_dir) is not None:
+            return
+        url = huggingface_hub.hf_hub_url(repo, CONFIG_NAME, revision=revision)
+    except ValueError:  # no name of a repository: the client says so
+        return
+
+    def ask() -> None:
+        for wait in (AGAIN_AFTER, None):
+            try:
+                huggingface_hub.get_hf_file_metadata(url, timeout=ANSWER_TIMEOUT)
+            except HfHubHTTPError:
+                return
+            except Exception:  # those of its HTTP library, of which there have been three
+                if wait is None:
+                    raise
+                time.sleep(wait)
+            else:
+                return
+
+    try:
+        _within(REACH_TIMEOUT, ask)
+    except Exception as error:
+        raise _explained(error, f"{CONFIG_NAME} of {repo} at {revision}", remedy, cache_dir) from error
 
 
 def declared_sha256(repo: str, revision: str, name: str, remedy: str) -> str | None:
