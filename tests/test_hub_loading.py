@@ -323,7 +323,7 @@ answer(**{{name: under(name, **fault) for name, fault in faults.items()}})
 
 @contextlib.contextmanager
 def silent_endpoints() -> Iterator[dict[str, str]]:
-    """Refused, unresolvable, one that takes the connection and never answers, and one that swallows the first packet."""
+    """Refused, unresolvable, one that takes connections and never answers, and one that swallows the first packet."""
     with contextlib.ExitStack() as stack:
         refused, silent, full = (stack.enter_context(socket.socket()) for _ in range(3))
         for listening in (refused, silent, full):

@@ -2,6 +2,7 @@
 
     $SMPCONV_HOME/checkpoints/<id>/<sha256 of the weights>/<id>.safetensors, card.json
     $SMPCONV_HOME/checkpoints/<id>/current      the sha256 in use
+    $SMPCONV_HOME/downloads/                    what imports that broke off go on with
     $SMPCONV_HOME/quarantine/                   files whose bytes were not what their card declares
 
 ``SMPCONV_HOME`` is ``~/.cache/smpconv_zoo`` if it is not set (``$XDG_CACHE_HOME/smpconv_zoo`` where that is).
