@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import re
 import shutil
@@ -99,8 +100,9 @@ def import_checkpoint(
         folder = Path(scratch)
         if file is not None:
             return _import_file(card, file, None, folder, accept_new)
+        fetch = download or functools.partial(_download, _gdown(card.origin))
         with _download_folder(card, folder) as downloads:
-            file = (download or _download)(card.origin, downloads)
+            file = fetch(card.origin, downloads)
             try:
                 return _import_file(card, file, card.origin, folder, accept_new)
             finally:
@@ -239,18 +241,21 @@ def _download_folder(card: CheckpointCard, scratch: Path) -> Iterator[Path]:
         lock.release()
 
 
-def _download(origin: str, folder: Path) -> Path:
+def _gdown(origin: str) -> Any:
+    try:
+        return importlib.import_module("gdown")
+    except ImportError as error:
+        raise ImportError(
+            f'downloading needs gdown: pip install "smpconv-zoo[import]", or download {origin} and pass it as --file'
+        ) from error
+
+
+def _download(gdown: Any, origin: str, folder: Path) -> Path:
     """Fetch ``origin``, a file on Google Drive or any other address, and go on with what is in the folder.
 
     By gdown and not by :mod:`smpconv_zoo.downloading`: the pages that Google Drive puts before a large file change, and
     gdown follows them.
     """
-    try:
-        gdown: Any = importlib.import_module("gdown")
-    except ImportError as error:
-        raise ImportError(
-            f'downloading needs gdown: pip install "smpconv-zoo[import]", or download {origin} and pass it as --file'
-        ) from error
     drive = DRIVE_FILE.match(origin)
     what = {"id": drive[1]} if drive else {"url": origin}
     try:

@@ -321,6 +321,41 @@ answer(**{{name: under(name, **fault) for name, fault in faults.items()}})
         assert answer[name][1] < 10, (name, answer[name][1])
 
 
+# The pace that is asked for, and how soon a thread of the client's that was given up hears of it.
+STALL = {"SMPCONV_STALL_BYTES": "200000", "SMPCONV_STALL_SECONDS": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "2"}
+
+
+def test_bodies_that_stall_or_drip(place: Place, right: str) -> None:
+    """No timeout from byte to byte ends a drip, and the client asks six times for what has stalled."""
+    code = f"""
+import threading
+from huggingface_hub.utils import get_session
+{DOWNLOADS}
+faults = dict(stall=dict(kind="stall", after=100_000), drip=dict(kind="slow", rate=20_000),
+              slow=dict(kind="slow", rate=1_000_000))
+answers = {{}}
+for ID in ("{ID}", "hf-hub:{REPO}"):
+    answers |= {{f"{{name}} {{ID[:2]}}": under(f"{{name}} {{ID[:2]}}", **fault) for name, fault in faults.items()}}
+left = [str(path) for path in Path().rglob("*.incomplete")]
+left += [thread.name for thread in threading.enumerate() if "_download" in thread.name]
+hooks = {{name: len(hooks) for name, hooks in get_session().event_hooks.items()}}
+answer(answers=answers, left=left, hooks=hooks)
+"""
+    answer = place.run(code, **STALL)
+    for name, (first, seconds, links, blobs, again) in answer["answers"].items():
+        assert again == right, name
+        if name.startswith("slow"):
+            assert first == right, (name, first)
+            continue
+        assert first.startswith("CheckpointError: ") and "\n" not in first and seconds < 4, (name, first, seconds)
+        for part in ("less than 200,000 bytes came within 1 s", "try again", "on another machine"):
+            assert part in first, (name, first)
+        assert links == [] and SHA256 not in blobs
+    assert (answer["left"], answer["hooks"]) == ([], {"request": 1, "response": 0})
+    nonsense = place.run(WARM, SMPCONV_STALL_SECONDS="soon")["first"]
+    assert nonsense == "ValueError: SMPCONV_STALL_SECONDS=soon is no number of seconds"
+
+
 @contextlib.contextmanager
 def silent_endpoints() -> Iterator[dict[str, str]]:
     """Refused, unresolvable, one that takes connections and never answers, and one that swallows the first packet."""
@@ -740,6 +775,26 @@ def test_through_xet(clients: Clients, tmp_path: Path, right: str) -> None:
         answer = place.run(f'answer(bad=load("{ID}"), name=load("{ID}"), plain=load("hf-hub:zoo/plain"))')
         assert_refused(answer["bad"], bad)
         assert (answer["name"], answer["plain"]) == (right, right) and place.quarantined() == [bad]
+
+
+def test_a_xet_store_that_never_answers(clients: Clients, tmp_path: Path, right: str) -> None:
+    """Its library would ask again for minutes."""
+    pytest.importorskip("hf_xet", reason="huggingface_hub was installed without hf_xet")
+    with HubServer(xet=True) as server, socket.socket() as silent:
+        environment = server.environment(tmp_path / "publisher", xet=True)
+        environment["TEST_WEIGHTS"] = str(weights_dir() / f"{ID}.safetensors")
+        revision = clients.run(environment, PUBLISH, tmp_path, ROOT)["revision"]
+        checkout = make_checkout(tmp_path / "c", status="published", hub={"repo": REPO, "revision": revision})
+        place = Place(server, clients, checkout, tmp_path)
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        server.fault("swap", route="xet-read-token", content=address.encode())
+        code = f'answer(first=load("{ID}"), seconds=load.seconds)'
+        answer = place.run(code, HF_HUB_DISABLE_XET="0", **STALL)
+        assert "less than 200,000 bytes came within 1 s" in answer["first"] and answer["seconds"] < 4
+        server.clear_faults()
+        assert place.run(WARM, HF_HUB_DISABLE_XET="0")["first"] == right and place.leftovers() == []
 
 
 # ------------------------------------------------------------------------------------------------- wheel, checkout, zip

@@ -62,6 +62,7 @@ ANSWER_TIMEOUT = 4.0
 # Name resolution and several addresses of one host know no timeout of the client's.
 REACH_TIMEOUT = 8.0
 AGAIN_AFTER = 1.0
+GRACE = 1.0
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -290,6 +291,8 @@ class _Transfer:
         # As the client does at Ctrl-C; it has no public name for it, and Xet's library would try on for minutes.
         with contextlib.suppress(ImportError, AttributeError):
             importlib.import_module("huggingface_hub.utils._xet").abort_xet_session()
+        # Time to remove what it has of the file, if it hears of it at once.
+        self.thread.join(GRACE)
 
     def _go_on(self) -> None:
         if self.given_up.is_set():
@@ -322,6 +325,8 @@ class _Transfer:
 
         class Bar(tqdm):
             """The client's own, which also says that Xet's library is at work and what it has received."""
+
+            monitor_interval = 0  # tqdm would start a thread for every class
 
             def __init__(self, *arguments: Any, **options: Any) -> None:
                 self.of_xet = ".xet_" in str(options.get("name"))
