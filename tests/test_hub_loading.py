@@ -356,6 +356,22 @@ answer(answers=answers, left=left, hooks=hooks)
     assert nonsense == "ValueError: SMPCONV_STALL_SECONDS=soon is no number of seconds"
 
 
+def test_an_interrupted_download_leaves_nothing_behind(place: Place, right: str) -> None:
+    place.hub.fault("slow", rate=20_000)
+    code = f"""
+import _thread, threading
+threading.Timer(1.0, _thread.interrupt_main).start()
+try:
+    timm.create_model("{ID}", pretrained=True)
+except KeyboardInterrupt:
+    answer(left=[str(path) for path in Path().rglob("*.incomplete")],
+           threads=[thread.name for thread in threading.enumerate() if "_download" in thread.name])
+"""
+    assert place.run(code) == {"left": [], "threads": []}
+    place.hub.clear_faults()
+    assert place.run(WARM)["first"] == right
+
+
 @contextlib.contextmanager
 def silent_endpoints() -> Iterator[dict[str, str]]:
     """Refused, unresolvable, one that takes connections and never answers, and one that swallows the first packet."""
@@ -509,7 +525,7 @@ def test_read_only_homes(place: Place, right: str) -> None:
         answer = place.run(f"answer(first=load('{ID}'), again=load('{ID}'))")
         for message in answer.values():
             assert_refused(message, bad)
-            assert "could not be moved" in message
+            assert "could not be moved out of use, so every load refuses it" in message
     with mounted(store, "--bind", "-o", "ro", str(store)):
         answer = place.run(f"answer(first=load('{ID}'), again=load('{ID}'))")
     assert_refused(answer["first"], bad)
