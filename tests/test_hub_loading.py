@@ -414,6 +414,24 @@ answer(**{{key: [load(**arguments), load.seconds] for key, arguments in loads.it
             assert answer["timms"][0].startswith("HubUnreachableError: ")
 
 
+def test_silent_hubs_with_a_cached_configuration_cost_seconds(place: Place, right: str) -> None:
+    """The weights cached or not; timm's own way takes 13 s to look, and then the weights are asked for."""
+    homes = [str(place.folder / "config"), str(place.folder / "whole")]
+    place.run('timm.create_model("hf-hub:zoo/plain"); answer()', HF_HOME=homes[0])
+    place.run('timm.create_model("hf-hub:zoo/plain", pretrained=True); answer()', HF_HOME=homes[1])
+    code = 'answer(first=load("hf-hub:zoo/plain"), seconds=load.seconds)'
+    with silent_endpoints() as endpoints:
+        started = [
+            place.start(code, HF_ENDPOINT=endpoints[name], HF_HOME=home)
+            for name in ("silent", "swallowed")
+            for home in homes
+        ]
+        answers = [place.clients.wait(pid) for pid in started]
+    assert all(answer["seconds"] < 10 for answer in answers), answers
+    assert all("local-dir:PATH" in answer["first"] for answer in answers[::2])
+    assert [answer["first"] for answer in answers[1::2]] == [right, right]
+
+
 def test_names_of_other_networks_load_as_before(place: Place) -> None:
     """One question more where nothing is cached, none after, and the client's own errors."""
     repository = Repository(place.hub.root, "zoo/other")

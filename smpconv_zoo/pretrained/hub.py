@@ -142,23 +142,34 @@ def fetch(
     return Path(found), True
 
 
-def look_for_config(repo: str, revision: str, remedy: str, cache_dir: str | os.PathLike[str] | None = None) -> None:
-    """Whether somebody answers at the Hub, if a repository's config.json has to be asked for there.
+def look_for_config(
+    repo: str,
+    revision: str,
+    remedy: str,
+    cache_dir: str | os.PathLike[str] | None = None,
+    patient: bool = True,
+) -> None:
+    """Whether somebody answers at the Hub, asked by a HEAD request for a repository's config.json.
 
-    Any answer will do: what it means, the client tells its caller. A look-up that fails is repeated once.
+    Any answer will do: what it means, the client tells its caller.
+
+    Args:
+        repo: ``organisation/name``.
+        revision: Branch, tag or commit.
+        remedy: What the reader can do without the Hub, as the end of a sentence.
+        cache_dir: The client's cache, if not the usual one.
+        patient: Repeat a look-up that fails, once, and wait for 8 s in all; for 4 s otherwise.
 
     Raises:
-        CheckpointError: Nobody answers (known within 10 s).
+        CheckpointError: Nobody answers.
     """
     try:
-        if is_offline() or cached(repo, revision, CONFIG_NAME, cache_dir) is not None:
-            return
         url = huggingface_hub.hf_hub_url(repo, CONFIG_NAME, revision=revision)
     except ValueError:  # no name of a repository: the client says so
         return
 
     def ask() -> None:
-        for wait in (AGAIN_AFTER, None):
+        for wait in (AGAIN_AFTER, None) if patient else (None,):
             try:
                 huggingface_hub.get_hf_file_metadata(url, timeout=ANSWER_TIMEOUT)
             except HfHubHTTPError:
@@ -171,7 +182,7 @@ def look_for_config(repo: str, revision: str, remedy: str, cache_dir: str | os.P
                 return
 
     try:
-        _within(REACH_TIMEOUT, ask)
+        _within(REACH_TIMEOUT if patient else ANSWER_TIMEOUT, ask)
     except Exception as error:
         raise _explained(error, f"{CONFIG_NAME} of {repo} at {revision}", remedy, cache_dir) from error
 
