@@ -1,6 +1,7 @@
 """SMPConv networks for timm: continuous convolution kernels made of points that move.
 
-Importing this package registers every network with timm; nothing else happens.
+Importing this package registers every network with timm, and lets timm's ``hf-hub:`` names fail within seconds where
+the Hub is out of reach (:mod:`smpconv_zoo.pretrained.hub_names`); nothing else happens.
 """
 
 from smpconv_zoo import ops

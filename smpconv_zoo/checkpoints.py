@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import smpconv_zoo.models  # noqa: F401  (registers the networks)
 from smpconv_zoo.files import write_whole
 from smpconv_zoo.models.build import create_on_meta, match_state_dict
-from smpconv_zoo.pretrained.hub import fetch
+from smpconv_zoo.pretrained.hub import CONFIG_NAME, fetch
+from smpconv_zoo.pretrained.hub_names import without_the_hub
 from smpconv_zoo.pretrained.store import CheckpointError, StoredWeights, read_weights, sha256_of
 
 __all__ = [
@@ -82,10 +83,9 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     """
     source, _, place = name.partition(":")
     if source == "hf-hub":
-        # timm asks for the repository's configuration itself, and repeats itself for 23 s where nobody answers.
+        # timm asks for the repository's configuration itself; what it says of one that cannot be had helps nobody.
         repo, _, revision = place.partition("@")
-        remedy = "fetch the repository on another machine and load the folder as 'local-dir:PATH'"
-        fetch(repo, revision or "main", "config.json", remedy, kwargs.get("cache_dir"))
+        fetch(repo, revision or "main", CONFIG_NAME, without_the_hub(repo), kwargs.get("cache_dir"))
     elif source != "local-dir":
         check_network_name(name)
     return timm.create_model(name, pretrained=pretrained, **kwargs)

@@ -29,6 +29,7 @@ from typing import Any
 
 from smpconv_zoo._version import __version__
 from smpconv_zoo.files import sha256_of_file, write_whole
+from smpconv_zoo.pace import Pace, Watch
 
 __all__ = ["DownloadError", "Downloaded", "Patience", "check_space", "download", "part_of"]
 
@@ -55,6 +56,7 @@ class Patience:
         first_wait: Seconds before the second try; the wait doubles from try to try.
         longest_wait: Seconds; also for servers that ask for a longer one (Retry-After).
         timeout: Seconds without a single byte.
+        pace: What has to come in the long run; a try that does not keep it counts as one that brings nothing new.
     """
 
     attempts: int = 5
@@ -62,6 +64,7 @@ class Patience:
     first_wait: float = 1.0
     longest_wait: float = 30.0
     timeout: float = 60.0
+    pace: Pace = dataclasses.field(default_factory=Pace.of_environment)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,10 @@ class _PassingError(Exception):
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
         self.wait = wait
+
+
+class _StalledError(_PassingError):
+    """Too little came."""
 
 
 def download(
@@ -198,7 +205,8 @@ class _Job:
                 self._transfer(url)
                 return
             except _PassingError as error:
-                in_vain = 1 if self._here() > before else in_vain + 1
+                brought = self._here() > before and not isinstance(error, _StalledError)
+                in_vain = 1 if brought else in_vain + 1
                 if in_vain >= self.patience.attempts or attempt == self.patience.all_attempts:
                     raise _ElsewhereError(f"{error}, after {attempt} attempts") from error
                 wait = error.wait if error.wait is not None else self.patience.first_wait * 2 ** (in_vain - 1)
@@ -222,14 +230,19 @@ class _Job:
             total = self._accept(response, url, have, known)
             if response.status != 206:
                 have = 0
+            watch = Watch(self.patience.pace)
+            watch.start()
             with open(self.part, "ab" if have else "wb", buffering=0) as file:
                 while block := _read(response):
                     have += len(block)
+                    watch.add(len(block))
                     if have > min(self.most, self.size or self.most):
                         raise _ElsewhereError(f"it sends more than {min(self.most, self.size or self.most):,} bytes")
                     self._write(file, block)
                     if self.progress is not None:
                         self.progress(have, total or 0)
+                    if watch.stalled() and have != total:
+                        raise _StalledError(f"it is too slow, {watch.pace}")
                 os.fsync(file.fileno())
         if total is not None and have < total:
             raise _PassingError(f"the connection ends after {have:,} of {total:,} bytes")

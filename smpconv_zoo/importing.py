@@ -6,20 +6,27 @@ one is held against that. Nothing in a file is ever executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib
 import re
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from smpconv_zoo.checkpoints import Conversion, convert_file
 from smpconv_zoo.files import sha256_of_file
+from smpconv_zoo.pace import Pace, Watch, watched
 from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, Source, WeightFile, checkpoint_card
-from smpconv_zoo.pretrained.home import add_to_store, imported_card, imported_file
+from smpconv_zoo.pretrained.home import add_to_store, imported_card, imported_file, store_home
 from smpconv_zoo.pretrained.store import CheckpointError, sha256_of
 
 __all__ = ["Imported", "import_checkpoint"]
@@ -29,6 +36,11 @@ DRIVE_FILE = re.compile(r"https://drive\.google\.com/file/d/([\w-]+)/")
 # the optimizer); half precision and twice as many copies are still taken.
 BYTES_PER_PARAMETER = (2, 32)
 OVERHEAD_BYTES = 64 * 2**20
+
+# Seconds, for each address of a server.
+CONNECT_TIMEOUT = 10.0
+# Ends the name under which gdown lets a file grow.
+PART = ".part"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,13 +75,15 @@ def import_checkpoint(
         checkpoint_id: ``network.tag``, a checkpoint whose card is ``"importable"``; for any other, only ``file`` with
             the very bytes that its card declares is taken, as it is.
         file: The published file, if it is here already; it is downloaded otherwise.
-        download: Fetches an address into a folder and returns the file; gdown if None.
+        download: Fetches an address into a folder and returns the file; gdown if None. The folder is in the store and
+            may hold what an earlier call left of the file.
         accept_new: Take a file other than the one that was imported before.
 
     Raises:
         CardError: No such checkpoint.
         CheckpointError: A checkpoint that is not to be imported, a file that is no checkpoint of this network, one that
-            cannot be downloaded, or another one than was imported before.
+            cannot be downloaded or comes too slowly (:class:`smpconv_zoo.pace.Pace`; what has come is gone on with next
+            time), or another one than was imported before.
         ImportError: A download is needed and gdown is not installed.
         OSError: The file cannot be read, or the store cannot be written.
     """
@@ -84,12 +98,16 @@ def import_checkpoint(
     # In a folder that goes in any case: whatever ends this early, only whole files reach the store.
     with tempfile.TemporaryDirectory(prefix="smpconv-import-") as scratch:
         folder = Path(scratch)
-        if file is None:
-            (folder / "download").mkdir()
-            file, url = (download or _download)(card.origin, folder / "download"), card.origin
-        else:
-            url = None
-        return _import_file(card, file, url, folder, accept_new)
+        if file is not None:
+            return _import_file(card, file, None, folder, accept_new)
+        fetch = download or functools.partial(_download, _gdown(card.origin))
+        with _download_folder(card, folder) as downloads:
+            file = fetch(card.origin, downloads)
+            try:
+                return _import_file(card, file, card.origin, folder, accept_new)
+            finally:
+                # Whole, it is of no more use: what it becomes is in the store, or it is refused.
+                shutil.rmtree(downloads)
 
 
 def _import_file(card: CheckpointCard, file: Path, url: str | None, scratch: Path, accept_new: bool) -> Imported:
@@ -201,25 +219,97 @@ def _check_counts(card: CheckpointCard, file: Path, done: Conversion) -> None:
         )
 
 
-def _download(origin: str, folder: Path) -> Path:
-    """Fetch ``origin``, a file on Google Drive or any other address, into an empty folder."""
+@contextlib.contextmanager
+def _download_folder(card: CheckpointCard, scratch: Path) -> Iterator[Path]:
+    """Where a download is left to be gone on with; in ``scratch`` while another process has that place."""
+    kept = store_home() / "downloads" / card.id
+    kept.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(kept.with_name(f"{card.id}.lock"))
     try:
-        gdown: Any = importlib.import_module("gdown")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        own = scratch / "download"
+        own.mkdir()
+        yield own
+        return
+    try:
+        kept.mkdir(exist_ok=True)
+        yield kept
+    finally:
+        with contextlib.suppress(OSError):
+            kept.rmdir()  # if nothing is left in it
+        lock.release()
+
+
+def _gdown(origin: str) -> Any:
+    try:
+        return importlib.import_module("gdown")
     except ImportError as error:
         raise ImportError(
             f'downloading needs gdown: pip install "smpconv-zoo[import]", or download {origin} and pass it as --file'
         ) from error
+
+
+def _download(gdown: Any, origin: str, folder: Path) -> Path:
+    """Fetch ``origin``, a file on Google Drive or any other address, and go on with what is in the folder.
+
+    By gdown and not by :mod:`smpconv_zoo.downloading`: the pages that Google Drive puts before a large file change, and
+    gdown follows them.
+    """
     drive = DRIVE_FILE.match(origin)
     what = {"id": drive[1]} if drive else {"url": origin}
     try:
-        # The trailing slash asks for the name that the server gives. Cookies would be kept in the user's home.
-        gdown.download(**what, output=f"{folder}/", quiet=not sys.stderr.isatty(), use_cookies=False)
+        return _fetched(gdown, what, folder)
     except Exception as error:  # what gdown raises differs between its versions
         reason = " ".join(str(error).split()) or type(error).__name__
+        kept = f"what has come ({_here(folder):,} bytes) is gone on with next time, or " if _here(folder) else ""
         raise CheckpointError(
-            f"{origin} could not be downloaded ({reason}); download it in a browser and pass it as --file"
+            f"{origin} could not be downloaded ({reason}); {kept}download it in a browser and pass it as --file"
         ) from error
-    found = [path for path in folder.iterdir() if path.is_file()]
+
+
+def _fetched(gdown: Any, what: dict[str, str], folder: Path) -> Path:
+    pace, cancel = Pace.of_environment(), threading.Event()
+    for again in (False, True):
+        before = _here(folder)
+        try:
+            with watched(pace, cancel.set) as watch:
+
+                def told(here: int, total: int | None, before: int = before, watch: Watch = watch) -> None:
+                    """gdown tells of every 512 KiB, and counts what was there before."""
+                    watch.add(here - before - watch.came)
+
+                gdown.download(
+                    **what,
+                    # The trailing slash asks for the name that the server gives.
+                    output=f"{folder}/",
+                    quiet=not sys.stderr.isatty(),
+                    use_cookies=False,  # they would be kept in the user's home
+                    resume=True,
+                    timeout=(CONNECT_TIMEOUT, 2 * pace.seconds),
+                    progress=told,
+                    cancel=cancel,
+                )
+            break
+        except Exception as error:
+            if cancel.is_set():
+                raise CheckpointError(str(pace)) from error
+            # What is here is of another version, or all of it, or the server does not go on in the middle.
+            if again or not before or "byte range" not in str(error):
+                raise
+            _empty(folder)
+    found = [path for path in folder.iterdir() if path.is_file() and path.suffix != PART]
     if len(found) != 1:
-        raise CheckpointError(f"{origin} did not give one file; download it in a browser and pass it as --file")
+        _empty(folder)
+        raise CheckpointError("it did not give one file")
     return found[0]
+
+
+def _empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def _here(folder: Path) -> int:
+    """Bytes of downloads that were begun."""
+    return sum(path.stat().st_size for path in folder.glob(f"*{PART}"))

@@ -52,7 +52,7 @@ class Call:
 # Where a fault of a kind strikes unless it names its route; a kind not listed strikes anywhere.
 FILE_ROUTES = ("resolve", "blob")
 INSTEAD = ("status", "refuse", "hang")
-BODY = ("truncate", "die", "flip", "slow")
+BODY = ("truncate", "die", "flip", "slow", "stall")
 DEFAULT_ROUTES: dict[str, tuple[str, ...]] = {**dict.fromkeys(BODY, FILE_ROUTES), "swap": ("resolve",)}
 
 
@@ -62,14 +62,16 @@ class Fault:
 
     Attributes:
         kind: ``truncate``: a shorter body, consistent with its Content-Length. ``die``: the connection closes inside
-            the body. ``flip``: one byte differs. ``slow``: a limited rate. ``swap``: another file under the same name
-            and commit, consistent in itself; tree and paths-info still tell of the true one. ``status``: an error
-            status. ``refuse``: the token is refused (requests without one pass). ``hang``: no answer.
+            the body. ``flip``: one byte differs. ``slow``: a limited rate. ``stall``: a part of the body, then nothing,
+            on an open connection. ``swap``: another file under the same name and commit, consistent in itself; tree and
+            paths-info still tell of the true one (of the route that tells of Xet's servers: another address of them).
+            ``status``: an error status. ``refuse``: the token is refused (requests without one pass). ``hang``: no
+            answer.
         route: Name of the route it strikes; empty for the kind's own choice, see `DEFAULT_ROUTES`.
         path: Pattern that the URL's path has to match.
         method: HTTP method, ``*`` for any.
         times: How many requests it strikes, None for all.
-        after: Bytes of the body that still arrive (truncate, die), half of them if None.
+        after: Bytes of the body that still arrive (truncate, die, stall), half of them if None.
         offset: Byte of the file that is flipped, the middle of the body if None.
         code: HTTP status (status: 500 if None; refuse: 401 or 403, 401 if None).
         rate: Bytes a second (slow).
@@ -189,7 +191,7 @@ class Gate:
         if instead:
             await self._answer_instead(instead[0], scope, receive, self._noting(entry, send))
         else:
-            await self.app(scope, receive, self._spoiled(entry, send))
+            await self.app(scope, receive, self._spoiled(entry, receive, send))
 
     def _route(self, scope: Scope) -> str:
         names = (
@@ -223,7 +225,7 @@ class Gate:
             code, text = fault.code or 500, "injected fault"
         await JSONResponse({"error": text}, code, {"X-Error-Message": text})(scope, receive, send)
 
-    def _spoiled(self, entry: dict[str, Any], send: Send) -> Send:
+    def _spoiled(self, entry: dict[str, Any], receive: Receive, send: Send) -> Send:
         """``send`` with the body faults in between."""
         faults: dict[str, Fault] = {}
         limit = flip = -1  # counted from the start of this body
@@ -245,7 +247,7 @@ class Gate:
                 return fault.kind == "slow" or fault.after is None or fault.after < length
 
             faults.update({fault.kind: fault for fault in self.control.take(entry, BODY, fits)})
-            for kind in ("truncate", "die"):
+            for kind in ("truncate", "die", "stall"):
                 if kind in faults:
                     after = faults[kind].after
                     limit = length // 2 if after is None else after
@@ -276,6 +278,11 @@ class Gate:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
                     await asyncio.sleep(step / rate)
                 data.clear()
+            if "stall" in faults and position >= limit:
+                await send({"type": "http.response.body", "body": bytes(data), "more_body": True})
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                return
             # An answer that is never completed makes uvicorn close the connection.
             ends = ends and "die" not in faults
             await send({"type": "http.response.body", "body": bytes(data), "more_body": not ends})

@@ -287,8 +287,10 @@ class Hub:
         if self.xet is None:
             raise HubError(404, "this server was started without Xet")
         expiry = int(time.time()) + 3600
-        headers = {"X-Xet-Cas-Url": self.xet.url, "X-Xet-Access-Token": "x", "X-Xet-Token-Expiration": str(expiry)}
-        return JSONResponse({"casUrl": self.xet.url, "accessToken": "x", "exp": expiry}, headers=headers)
+        swap = self.control.take(call.request.scope["hub.entry"], ("swap",))
+        url = base64.b64decode(swap[0].content or "").decode() if swap else self.xet.url
+        headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "x", "X-Xet-Token-Expiration": str(expiry)}
+        return JSONResponse({"casUrl": url, "accessToken": "x", "exp": expiry}, headers=headers)
 
     # Revisions
 

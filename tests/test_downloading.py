@@ -23,6 +23,7 @@ from small_disk import mounted
 
 from smpconv_zoo import downloading
 from smpconv_zoo.downloading import Downloaded, DownloadError, Patience, check_space, download, part_of
+from smpconv_zoo.pace import Pace
 
 DATA = random.Random(1).randbytes(3_000_000)
 OTHER = random.Random(2).randbytes(3_000_000)
@@ -211,6 +212,21 @@ def test_a_server_that_drips_is_not_listened_to_for_ever(server: FileServer, tar
     url = server.put("a.bin", DATA, cut=[1] * 1000)
     with pytest.raises(DownloadError, match="after 7 attempts"):
         fetched(url, target, patience=Patience(attempts=3, all_attempts=7, first_wait=0, timeout=5))
+
+
+def test_a_body_that_drips_is_given_up_and_gone_on_with(server: FileServer, target: Path) -> None:
+    """A byte now and then, which no timeout from byte to byte ends."""
+    url = server.put("a.bin", DATA, block=1000, pause=0.02)
+    slow = Patience(attempts=2, first_wait=0, timeout=5, pace=Pace(500_000, 0.4))
+    start = time.monotonic()
+    with pytest.raises(DownloadError, match=r"less than 500,000 bytes came within 0\.4 s, after 2 attempts"):
+        fetched(url, target, patience=slow)
+    assert time.monotonic() - start < 4
+    here = part_of(target).stat().st_size
+    server.put("a.bin", DATA, block=100_000, pause=0.02)
+    fetched(url, target, patience=slow)
+    assert here > 0 and server.asked("a.bin")[-1].range == f"bytes={here}-"
+    assert_clean(target)
 
 
 def test_a_server_that_says_nothing(target: Path) -> None:

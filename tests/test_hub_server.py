@@ -359,6 +359,18 @@ def test_slow(hub: HubServer, blob: str) -> None:
     assert 0.2 < time.monotonic() - start < 2
 
 
+def test_stall(hub: HubServer, blob: str) -> None:
+    hub.fault("stall", after=100, times=1)
+    address = hub.endpoint.removeprefix("http://")
+    with contextlib.closing(http.client.HTTPConnection(address, timeout=0.3)) as connection:
+        connection.request("GET", blob)
+        response = connection.getresponse()
+        assert response.read(100) == WEIGHTS[:100] and response.headers["Content-Length"] == str(len(WEIGHTS))
+        with pytest.raises(TimeoutError):
+            response.read(1)
+    assert fetch(hub, blob)[2] == WEIGHTS
+
+
 def test_hang(hub: HubServer, published: str) -> None:
     hub.fault("hang", method="HEAD", times=1)
     path = f"/{published}/resolve/main/config.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,11 +10,13 @@ import pickle
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pytest
 import torch
 from golden_files import golden
@@ -230,10 +233,18 @@ def test_a_file_that_changes_while_it_is_read(
 
 
 class Drive:
-    """Google Drive on loopback: first the page that warns of large files, then the file."""
+    """Google Drive on loopback: first the page that warns of large files, then the file.
+
+    ``ranges``: whether a part can be asked for. ``after``: bytes of a body that come at once; then one every
+    ``drip`` seconds, or none if that is None.
+    """
 
     def __init__(self) -> None:
         self.content, self.name, self.announced, self.page, self.paths = b"", "SMPConv.pth", None, None, []
+        self.ranges: list[str | None] | None = None
+        self.after: int | None = None
+        self.drip: float | None = None
+        self.over = threading.Event()
         drive: Any = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -248,13 +259,29 @@ class Drive:
                 else:
                     data, kind = drive.content, "application/octet-stream"
                     extra = {"Content-Disposition": f'attachment; filename="{drive.name}"'}
-                self.send_response(200)
+                asked = self.headers.get("Range") if extra else None
+                if extra and drive.ranges is not None:
+                    drive.ranges.append(asked)
+                if asked and drive.ranges is not None:
+                    start, total = int(asked.removeprefix("bytes=").rstrip("-")), len(data)
+                    data = data[start:]
+                    self.send_response(206)
+                    self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+                else:
+                    self.send_response(200)
                 self.send_header("Content-Type", kind)
                 for name, value in extra.items():
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(drive.announced or len(data)))
                 self.end_headers()
-                self.wfile.write(data)
+                after = len(data) if drive.after is None or not extra else drive.after
+                with contextlib.suppress(ConnectionError):
+                    self.wfile.write(data[:after])
+                    for place in range(after, len(data)):
+                        drive.over.wait(drive.drip)
+                        if drive.over.is_set():
+                            return
+                        self.wfile.write(data[place : place + 1])
 
             def log_message(self, *arguments: Any) -> None:
                 pass
@@ -279,6 +306,7 @@ def drive(monkeypatch: pytest.MonkeyPatch) -> Iterator[Drive]:
     monkeypatch.setattr(requests.Session, "get", redirected)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     yield drive
+    drive.over.set()
     drive.server.shutdown()
     drive.server.server_close()
 
@@ -330,7 +358,55 @@ def test_downloads_that_fail(store: Path, tmp_path: Path, published: Path, drive
     drive.server.server_close()
     with pytest.raises(CheckpointError, match="--file"):
         import_checkpoint(ID)
-    assert not store.exists() and list((tmp_path / "scratch").iterdir()) == []
+    assert not (store / "checkpoints").exists() and list((tmp_path / "scratch").iterdir()) == []
+    assert [path for path in (store / "downloads").rglob("*") if path.suffix != ".lock"] == []
+
+
+@pytest.mark.parametrize("drip", [None, 0.05])
+def test_a_download_that_stalls_is_given_up_and_gone_on_with(
+    store: Path, tmp_path: Path, published: Path, drive: Drive, drip: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMPCONV_STALL_SECONDS", "1")
+    # More than one of the pieces that gdown tells of.
+    drive.content, drive.ranges, drive.drip = published.read_bytes(), [], drip
+    drive.after = 2**20 + 1000
+    assert len(drive.content) > drive.after
+    start = time.monotonic()
+    with pytest.raises(CheckpointError, match="less than 524,288 bytes came within 1 s") as given_up:
+        import_checkpoint(ID)
+    message = str(given_up.value)
+    assert time.monotonic() - start < 5 and "\n" not in message
+    assert "what has come (1,048,576 bytes) is gone on with next time" in message and "--file" in message
+    assert not (store / "checkpoints").exists() and list((tmp_path / "scratch").iterdir()) == []
+    drive.after = None
+    assert import_checkpoint(ID).source.sha256 == sha256(published)
+    assert drive.ranges == [None, None, "bytes=1048576-"]
+    assert [path.name for path in (store / "downloads").rglob("*")] == [f"{ID}.lock"]
+
+
+def test_what_cannot_be_gone_on_with_is_fetched_anew(
+    store: Path, published: Path, drive: Drive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server knows no ranges, or has less than is here by now."""
+    drive.content = published.read_bytes()
+    folder = store / "downloads" / ID
+    for size in (2**20, 10**7):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{drive.name}abcdefgh.part").write_bytes(bytes(size))
+        assert import_checkpoint(ID, accept_new=True).source.sha256 == sha256(published)
+        drive.ranges = []
+    assert drive.ranges == [] and not folder.exists()
+
+
+def test_two_downloads_at_once_do_not_write_into_one_file(store: Path, published: Path, drive: Drive) -> None:
+    drive.content, drive.ranges = published.read_bytes(), []
+    folder = store / "downloads" / ID
+    folder.mkdir(parents=True)
+    part = folder / f"{drive.name}abcdefgh.part"
+    part.write_bytes(bytes(1000))
+    with filelock.FileLock(folder.with_name(f"{ID}.lock")):
+        assert import_checkpoint(ID).source.sha256 == sha256(published)
+    assert part.read_bytes() == bytes(1000) and drive.ranges == [None]
 
 
 def test_without_gdown_a_sentence_says_how_to_get_it(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From left to right: a file imports only from groups to its left. A name stands for a file or a folder.
 ORDER = (
     ("_version",),
-    ("files", "environment"),
+    ("files", "environment", "pace"),
     ("downloading", "unpacking"),
     ("points", "operators", "gpu"),
     ("kernels",),
@@ -65,7 +65,7 @@ ORDER_WITHIN = {
         ("store",),
         ("home",),
         ("hub",),
-        ("locate",),
+        ("hub_names", "locate"),
         ("__init__",),
     ),
     "models": (("sizes",), ("build",), ("image", "sequence"), ("__init__",)),

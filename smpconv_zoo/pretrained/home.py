@@ -2,6 +2,7 @@
 
     $SMPCONV_HOME/checkpoints/<id>/<sha256 of the weights>/<id>.safetensors, card.json
     $SMPCONV_HOME/checkpoints/<id>/current      the sha256 in use
+    $SMPCONV_HOME/downloads/                    what imports that broke off go on with
     $SMPCONV_HOME/quarantine/                   files whose bytes were not what their card declares
 
 ``SMPCONV_HOME`` is ``~/.cache/smpconv_zoo`` if it is not set (``$XDG_CACHE_HOME/smpconv_zoo`` where that is).
@@ -23,8 +24,13 @@ __all__ = [
     "imported_file",
     "list_imported",
     "quarantine",
+    "quarantine_beside",
+    "quarantined_beside",
     "store_home",
 ]
+
+# Ends the name of a file that was put out of use where it lay.
+QUARANTINED = ".quarantined"
 
 
 def store_home() -> Path:
@@ -107,16 +113,33 @@ def quarantine(path: Path) -> Path | None:
     It goes to the store's quarantine, or to another name beside where it was if that is out of reach (another file
     system, a store that cannot be written).
     """
-    suffix = secrets.token_hex(4)
-    target = store_home() / "quarantine" / f"{path.name}.{suffix}"
+    target = store_home() / "quarantine" / f"{path.name}.{secrets.token_hex(4)}"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(path, target)
-        return target
     except OSError:
-        target = path.with_name(f"{path.name}.{suffix}.quarantined")
+        return quarantine_beside(path)
+    return target
+
+
+def quarantine_beside(path: Path) -> Path | None:
+    """Give a file whose bytes are not trusted another name in its own folder; which, or None if that is not allowed.
+
+    Nothing is overwritten, and of a link the link alone is renamed.
+    """
+    target = path.with_name(f"{path.name}.{secrets.token_hex(4)}{QUARANTINED}")
     try:
         os.replace(path, target)
     except OSError:
         return None
     return target
+
+
+def quarantined_beside(path: Path) -> list[Path]:
+    """What :func:`quarantine_beside` made of files of this name, in no order."""
+    # Names with brackets and stars in them are no patterns.
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return []
+    return [path.with_name(n) for n in names if n.startswith(f"{path.name}.") and n.endswith(QUARANTINED)]

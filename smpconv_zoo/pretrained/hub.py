@@ -1,7 +1,9 @@
 """The Hugging Face Hub, through huggingface_hub: cached files first, and an unreachable Hub is known within seconds.
 
 Nothing here vouches for content. The client takes a body of the right length for the right file, so whoever reads a
-file hashes it (:mod:`smpconv_zoo.pretrained.locate`); :func:`drop_from_cache` then takes a bad one out of use.
+file hashes it (:mod:`smpconv_zoo.pretrained.locate`); :func:`drop_from_cache` then takes a bad one out of use. A body
+that stalls or drips is given up by :class:`smpconv_zoo.pace.Pace`; the client keeps no part of a file for another
+process, so the next load starts it over.
 """
 
 from __future__ import annotations
@@ -9,11 +11,15 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import errno
+import functools
+import importlib
+import inspect
 import os
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -24,13 +30,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import get_session
+from huggingface_hub.utils import get_session, tqdm
 
+from smpconv_zoo.pace import LOOK_EVERY, Pace, Watch
 from smpconv_zoo.pretrained.home import quarantine
 from smpconv_zoo.pretrained.store import CheckpointError
 
 __all__ = [
     "CARD_NAME",
+    "CONFIG_NAME",
     "WEIGHTS_NAME",
     "HubFileMissingError",
     "cached",
@@ -41,16 +49,20 @@ __all__ = [
     "fetch",
     "is_offline",
     "known_missing",
+    "look_for_config",
 ]
 
 # What a published checkpoint's files are called in its repository, and in a folder made from one.
 WEIGHTS_NAME = "model.safetensors"
 CARD_NAME = "card.json"
+CONFIG_NAME = "config.json"
 
 # Seconds. The client's own look-up repeats itself for up to 46 s; one answer to one small question needs none of that.
 ANSWER_TIMEOUT = 4.0
 # Name resolution and several addresses of one host know no timeout of the client's.
 REACH_TIMEOUT = 8.0
+AGAIN_AFTER = 1.0
+GRACE = 1.0
 
 STORAGE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -80,12 +92,17 @@ def known_missing(repo: str, revision: str, name: str, cache_dir: str | os.PathL
 
 def commit_of(repo: str, revision: str, cache_dir: str | os.PathLike[str] | None = None) -> str:
     """The commit that timm has just read the repository's config.json at, so that the weights are of the same one."""
-    config = cached(repo, revision, "config.json", cache_dir)
+    config = cached(repo, revision, CONFIG_NAME, cache_dir)
     return config.parent.name if config else revision
 
 
 def fetch(
-    repo: str, revision: str, name: str, remedy: str, cache_dir: str | os.PathLike[str] | None = None
+    repo: str,
+    revision: str,
+    name: str,
+    remedy: str,
+    cache_dir: str | os.PathLike[str] | None = None,
+    pace: Pace | None = None,
 ) -> tuple[Path, bool]:
     """One file of a repository: out of the cache without any request, or else downloaded.
 
@@ -95,18 +112,22 @@ def fetch(
         name: Path of the file in the repository.
         remedy: What the reader can do without the Hub, as the end of a sentence.
         cache_dir: The client's cache, if not the usual one.
+        pace: The least that has to come once the file is asked for; that of the environment if None.
 
     Returns:
         Where the file is, and whether it was downloaded now.
 
     Raises:
         HubFileMissingError: The Hub has no such file.
-        CheckpointError: The Hub is out of reach (known within 10 s), the download broke off, or it cannot be stored.
+        CheckpointError: The Hub is out of reach (known within 10 s), the download broke off or stalled, or it cannot be
+            stored.
+        ValueError: The environment's pace is none.
     """
     path = cached(repo, revision, name, cache_dir)
     if path is not None:
         return path, False
     file = f"{name} of {repo} at {revision}"
+    pace = pace or Pace.of_environment()
     if is_offline():
         raise CheckpointError(
             f"{file} is not in the cache ({_cache(cache_dir)}) and HF_HUB_OFFLINE is set: unset it to download, "
@@ -115,10 +136,55 @@ def fetch(
     try:
         with contextlib.suppress(EntryNotFoundError):  # the client meets it again, and notes it in its cache
             _within(REACH_TIMEOUT, lambda: _reach(repo, revision, name))
-        found = huggingface_hub.hf_hub_download(repo, name, revision=revision, cache_dir=_text(cache_dir))
+        found = _Transfer(pace).run(repo, name, revision=revision, cache_dir=_text(cache_dir))
     except Exception as error:  # the client lets errors of its HTTP and Xet libraries through, with no common base
         raise _explained(error, file, remedy, cache_dir) from error
     return Path(found), True
+
+
+def look_for_config(
+    repo: str,
+    revision: str,
+    remedy: str,
+    cache_dir: str | os.PathLike[str] | None = None,
+    patient: bool = True,
+) -> None:
+    """Whether somebody answers at the Hub, asked by a HEAD request for a repository's config.json.
+
+    Any answer will do: what it means, the client tells its caller.
+
+    Args:
+        repo: ``organisation/name``.
+        revision: Branch, tag or commit.
+        remedy: What the reader can do without the Hub, as the end of a sentence.
+        cache_dir: The client's cache, if not the usual one.
+        patient: Repeat a look-up that fails, once, and wait for 8 s in all; for 4 s otherwise.
+
+    Raises:
+        CheckpointError: Nobody answers.
+    """
+    try:
+        url = huggingface_hub.hf_hub_url(repo, CONFIG_NAME, revision=revision)
+    except ValueError:  # no name of a repository: the client says so
+        return
+
+    def ask() -> None:
+        for wait in (AGAIN_AFTER, None) if patient else (None,):
+            try:
+                huggingface_hub.get_hf_file_metadata(url, timeout=ANSWER_TIMEOUT)
+            except HfHubHTTPError:
+                return
+            except Exception:  # those of its HTTP library, of which there have been three
+                if wait is None:
+                    raise
+                time.sleep(wait)
+            else:
+                return
+
+    try:
+        _within(REACH_TIMEOUT if patient else ANSWER_TIMEOUT, ask)
+    except Exception as error:
+        raise _explained(error, f"{CONFIG_NAME} of {repo} at {revision}", remedy, cache_dir) from error
 
 
 def declared_sha256(repo: str, revision: str, name: str, remedy: str) -> str | None:
@@ -177,6 +243,114 @@ def _reach(repo: str, revision: str, name: str) -> None:
     metadata = huggingface_hub.get_hf_file_metadata(url, timeout=ANSWER_TIMEOUT)
     if metadata.location != url and getattr(metadata, "xet_file_data", None) is None:
         get_session().head(metadata.location, timeout=ANSWER_TIMEOUT)
+
+
+class _StalledError(Exception):
+    """What came was too little."""
+
+
+class _Transfer:
+    """One ``hf_hub_download`` that is given up if it stalls.
+
+    The client hands on a body in pieces of 10 MiB and has no limit but from byte to byte; its Xet library has its own.
+    So the client runs in a thread, what comes is counted where it comes in (HTTP) or where it is reported (Xet), and
+    the time counts from the request for the body on: another process that downloads the same file is waited for, and
+    keeps a pace of its own.
+    """
+
+    def __init__(self, pace: Pace) -> None:
+        self.watch = Watch(pace)
+        self.given_up = threading.Event()
+        self.answer: concurrent.futures.Future[str] = concurrent.futures.Future()
+        self.thread = threading.Thread(target=self._download, daemon=True)
+        self.hooks: Any = None
+
+    def run(self, *arguments: Any, **options: Any) -> str:
+        """The file's path, or what the client raises, or :class:`_StalledError`."""
+        self.hooks = getattr(get_session(), "event_hooks", None)
+        takes_bar = "tqdm_class" in inspect.signature(huggingface_hub.hf_hub_download).parameters
+        if self.hooks is None or not takes_bar:
+            # A client that is too old to be watched; its timeouts are all there is.
+            return huggingface_hub.hf_hub_download(*arguments, **options)
+        self.call = functools.partial(huggingface_hub.hf_hub_download, *arguments, **options, tqdm_class=self._bar())
+        self.thread.start()
+        try:
+            while not concurrent.futures.wait([self.answer], LOOK_EVERY).done:
+                if self.watch.stalled():
+                    raise _StalledError(str(self.watch.pace))
+        finally:
+            if not self.answer.done():
+                self._give_up()
+        return self.answer.result()
+
+    def _download(self) -> None:
+        self.hooks["request"].append(self._on_request)
+        self.hooks["response"].append(self._on_response)
+        try:
+            path = self.call()
+        except BaseException as error:
+            self.answer.set_exception(error)
+        else:
+            self.answer.set_result(path)
+        finally:
+            self.hooks["request"].remove(self._on_request)
+            self.hooks["response"].remove(self._on_response)
+
+    def _give_up(self) -> None:
+        """Let the thread end at its next byte or request."""
+        self.given_up.set()
+        # As the client does at Ctrl-C; it has no public name for it, and Xet's library would try on for minutes.
+        with contextlib.suppress(ImportError, AttributeError):
+            importlib.import_module("huggingface_hub.utils._xet").abort_xet_session()
+        # Time to remove what it has of the file, if it hears of it at once.
+        self.thread.join(GRACE)
+
+    def _go_on(self) -> None:
+        if self.given_up.is_set():
+            raise _StalledError(str(self.watch.pace))
+
+    # All requests of the process come by here, whatever thread they are of.
+
+    def _on_request(self, request: Any) -> None:
+        if threading.current_thread() is not self.thread:
+            return
+        self._go_on()
+        if request.method == "GET":
+            self.watch.start()
+
+    def _on_response(self, response: Any) -> None:
+        if threading.current_thread() is not self.thread:
+            return
+        blocks = response.iter_raw
+
+        def counted(*arguments: Any, **options: Any) -> Iterator[bytes]:
+            for block in blocks(*arguments, **options):
+                self._go_on()
+                self.watch.add(len(block))
+                yield block
+
+        response.iter_raw = counted
+
+    def _bar(self) -> type[tqdm]:
+        watch = self.watch
+
+        class Bar(tqdm):
+            """The client's own, which also says that Xet's library is at work and what it has received."""
+
+            monitor_interval = 0  # tqdm would start a thread for every class
+
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                self.of_xet = ".xet_" in str(options.get("name"))
+                if self.of_xet:
+                    watch.start()
+                super().__init__(*arguments, **options)
+
+            def update(self, n: float | None = 1) -> bool | None:
+                if self.of_xet:
+                    watch.add(int(n or 0))
+                return super().update(n)
+
+        return Bar
 
 
 def _within(seconds: float, call: Callable[[], Answer]) -> Answer:

@@ -23,7 +23,13 @@ from smpconv_zoo.pretrained.cards import (
     list_checkpoints,
     load_card,
 )
-from smpconv_zoo.pretrained.home import imported_card, imported_file, quarantine
+from smpconv_zoo.pretrained.home import (
+    imported_card,
+    imported_file,
+    quarantine,
+    quarantine_beside,
+    quarantined_beside,
+)
 from smpconv_zoo.pretrained.signing import signature_beside, signature_required
 from smpconv_zoo.pretrained.store import CheckpointError, WrongBytesError, embedded_file, how_to_get, read_safetensors
 
@@ -120,24 +126,44 @@ def _fetch_signature_if_required(repo: str, commit: str, remedy: str, cache_dir:
 def load_folder(folder: str | os.PathLike[str], network: str) -> LoadedWeights:
     """Weights in a folder with ``model.safetensors``, held against its ``card.json`` where it has one.
 
-    A folder is its owner's: bad weights are refused on every load, and stay where they are.
+    A file with another sha256 than the card's stays in the folder under another name, and nothing is deleted: a folder
+    is its owner's, who may have changed the weights and can rename it back.
 
     Raises:
         CheckpointError: No such file (nothing else is read), another network's, or not what the card declares.
     """
     path = Path(folder) / hub.WEIGHTS_NAME
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {hub.WEIGHTS_NAME}, and nothing else is loaded from a folder")
+        raise CheckpointError(f"{folder} has no {hub.WEIGHTS_NAME}, {_instead_of(path)}")
     card = path.with_name(hub.CARD_NAME)
     if not card.is_file():
         return LoadedWeights(*read_safetensors(path), "local-dir")
     declared = _declared_by(card, network, str(folder))
-    then = f"replace it, or remove {hub.CARD_NAME} if you changed the weights"
-    return LoadedWeights(*read_verified(path, declared, then, None), "local-dir")
+    stuck = f"replace it, or remove {hub.CARD_NAME} if you changed the weights yourself"
+    return LoadedWeights(*read_verified(path, declared, _in_own_folder(path), quarantine_beside, stuck), "local-dir")
+
+
+def _in_own_folder(path: Path) -> str:
+    return (
+        f"put the declared file there, or, if you changed the weights yourself, name it {path.name} again and remove "
+        f"{hub.CARD_NAME}"
+    )
+
+
+def _instead_of(path: Path) -> str:
+    """What to say of a folder without its weights."""
+    put_aside = max(quarantined_beside(path), key=lambda aside: aside.lstat().st_mtime_ns, default=None)
+    if put_aside is None:
+        return "and nothing else is loaded from a folder"
+    return f"for {put_aside.name} is not the file its {hub.CARD_NAME} declares: {_in_own_folder(path)}"
 
 
 def read_verified(
-    path: Path, sha256: str, then: str, remove: Callable[[Path], Path | None] | None = quarantine
+    path: Path,
+    sha256: str,
+    then: str,
+    remove: Callable[[Path], Path | None] = quarantine,
+    stuck: str | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file with this sha256 and no other.
 
@@ -145,8 +171,8 @@ def read_verified(
         path: The file.
         sha256: Hex digest of the whole file.
         then: What the reader of a refusal can do.
-        remove: Takes a file with another digest out of use and says where it went, or None if it could not; without
-            it the file stays.
+        remove: Takes a file with another digest out of use and says where it went, or None if it could not.
+        stuck: What the reader can do if it could not; to remove the file and then do as ``then`` says, if None.
 
     Raises:
         CheckpointError: Absent, another sha256, not a safetensors file, or NaN or Inf among the weights.
@@ -156,11 +182,12 @@ def read_verified(
     try:
         return read_safetensors(path, sha256)
     except WrongBytesError as error:
-        if remove is None:
-            raise CheckpointError(f"{error} and was left where it is: {then}") from error
         moved = remove(path)
         if moved is None:
-            raise CheckpointError(f"{error} and could not be moved out of use: remove it, then {then}") from error
+            raise CheckpointError(
+                f"{error} and could not be moved out of use, so every load refuses it: "
+                f"{stuck or f'remove it, then {then}'}"
+            ) from error
         raise CheckpointError(f"{error} and was moved to {moved}: {then}") from error
 
 
