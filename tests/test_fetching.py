@@ -430,7 +430,7 @@ def test_an_archive_that_holds_other_data(server: FileServer, root: Path, make: 
     ("member", "message"),
     [
         (("../../evil", tarfile.REGTYPE, ""), "leads out of the folder"),
-        (("/tmp/evil", tarfile.REGTYPE, ""), "leads out of the folder"),
+        (("/evil", tarfile.REGTYPE, ""), "leads out of the folder"),
         (("cifar-10-batches-py/link", tarfile.SYMTYPE, "/etc"), "neither a plain file"),
         (("cifar-10-batches-py/link", tarfile.LNKTYPE, "../../../x"), "neither a plain file"),
         (("cifar-10-batches-py/null", tarfile.CHRTYPE, ""), "neither a plain file"),

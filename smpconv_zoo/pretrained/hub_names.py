@@ -1,7 +1,7 @@
 """``hf-hub:`` names in timm's own ``create_model``: a Hub that cannot be reached is known within seconds.
 
 timm reads a repository's ``config.json`` before any of this package's code is called. Where nobody answers, the client
-repeats itself for 23 s, or for minutes, and then says to check the connection. Importing this package therefore puts
+repeats itself, for minutes if it has to, and then says to check the connection. Importing this package therefore puts
 one short look-up in front of timm's: see :func:`look_before_timm`.
 """
 

@@ -127,7 +127,7 @@ def _why_alone(error: Exception, rank: int, size: int) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     if not address or not port.isdecimal():
         return "MASTER_ADDR and MASTER_PORT say where processes meet, and one is missing: start by torchrun"
-    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+    if "address already in use" in str(error).lower():
         return (
             f"port {port} is in use on {address}, perhaps by another run: choose another by torchrun --master-port, or "
             "let torchrun --standalone find a free one"
