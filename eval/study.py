@@ -51,6 +51,9 @@ SHORT_TAPS = 32
 # Validations in a run of the stage `choose`; the last epoch is always one.
 VALIDATIONS = 10
 TIMED_STEPS = 240
+_OPTIONS = ("", "mean", "wide", "mean+wide", "mean+wide+spread", "mean+wide+augment")
+# For series of many more steps than a short kernel has taps.
+_LONG = (*_OPTIONS, "mean+short", "mean+short+augment")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +61,8 @@ class DataSet:
     """Data as a network of the study takes them.
 
     ``seeds`` of final runs, ``draws`` of the part to choose by, its share ``held_out``; ``options`` to choose between,
-    of points and of other kernels. ``omega`` of the MLP: CKConv's own where it was tuned for the task (runs/README.md
+    of points and of other kernels; "short" was added after it had been seen that short fixed kernels are ahead on long
+    series, and is chosen like the others. ``omega`` of the MLP: CKConv's own where it was tuned for the task (runs/README.md
     of dwromero/ckconv), on JapaneseVowels that of CharacterTrajectories at the same percentage of dropped samples.
     Digits are augmented throughout, as eval/results/search_mnist5k.jsonl chose for kernels of points.
     """
@@ -69,11 +73,13 @@ class DataSet:
     seeds: int = 5
     draws: int = 3
     held_out: float = 0.25
-    options: tuple[str, ...] = ("", "mean", "wide", "mean+wide", "mean+wide+spread", "mean+wide+augment")
+    options: tuple[str, ...] = _OPTIONS
     other_options: tuple[str, ...] = ("", "mean", "mean+augment")
     kernels: tuple[str, ...] = KERNELS
     omega: float = 30.0
     network: str = "smpconv_tcn"
+    # In the stage ``choose``, where a batch of the recipe's size is more than what is left to learn from.
+    choose_batch: int | None = None
     # Takes the options chosen on another data set.
     as_chosen_on: str | None = None
 
@@ -88,11 +94,11 @@ def _series(data: str, **values: Any) -> dict[str, Any]:
 
 _VOWELS = ("points", "fixed", "mlp")
 DATA = {
-    "gunpoint": DataSet(_series("gunpoint"), (1, 150), 2),
-    "arrowhead": DataSet(_series("arrowhead"), (1, 251), 3),
+    "gunpoint": DataSet(_series("gunpoint"), (1, 150), 2, options=_LONG),
+    "arrowhead": DataSet(_series("arrowhead"), (1, 251), 3, options=_LONG, choose_batch=16),
     # 24 steps: a short kernel would be a longer one.
     "italy-power-demand": DataSet(_series("italy-power-demand"), (1, 24), 2, kernels=_VOWELS),
-    "basic-motions": DataSet(_series("basic-motions"), (6, 100), 4),
+    "basic-motions": DataSet(_series("basic-motions"), (6, 100), 4, options=_LONG),
     "japanese-vowels": DataSet(_series("japanese-vowels"), (12, 29), 9, draws=2, kernels=_VOWELS, omega=21.45),
     **{
         f"japanese-vowels-{dropped}": DataSet(
@@ -106,8 +112,8 @@ DATA = {
         )
         for dropped, omega in ((30, 17.24), (50, 12.0), (70, 4.24))
     },
-    "acsf1": DataSet(_series("acsf1"), (1, 1460), 10, seeds=3, draws=2),
-    "osuleaf": DataSet(_series("osuleaf"), (1, 427), 6, seeds=3, draws=1),
+    "acsf1": DataSet(_series("acsf1"), (1, 1460), 10, seeds=3, draws=2, options=_LONG),
+    "osuleaf": DataSet(_series("osuleaf"), (1, 427), 6, seeds=3, draws=1, options=_LONG),
     "mnist1d": DataSet(
         {"data": "mnist1d", "epochs": 100, "batch_size": 64}, (1, 40), 10, seeds=3, draws=1, held_out=0.2
     ),
@@ -202,11 +208,12 @@ def recipe_of(job: Job, epochs: int | None = None) -> SequenceRecipe:
     """The run of a job whose option is known; with other ``epochs`` than its own to try things out."""
     data = DATA[job.data]
     channels, length = data.shape
-    tap = 2 / (length - 1)
+    taps = SHORT_TAPS if "short" in job.option.split("+") else length
+    tap = 2 / (taps - 1)
     arguments: dict[str, Any] = {}
     if data.network == "smpconv_tcn":
         # As in the authors' recipes, where a radius is 0.8 taps.
-        arguments = {"in_chans": channels, "num_classes": data.classes, "kernel_size": length}
+        arguments = {"in_chans": channels, "num_classes": data.classes, "kernel_size": taps}
         if job.kernel == "points":
             arguments["init_radius"] = round(min(0.8 * tap, 1.0), 6)
     if job.kernel in ("fixed", "short"):
@@ -223,7 +230,12 @@ def recipe_of(job: Job, epochs: int | None = None) -> SequenceRecipe:
         "held_out_draw": job.seed if job.stage == "choose" else 0,
         **data.recipe,
     }
+    if job.stage == "choose" and data.choose_batch is not None:
+        values["batch_size"] = data.choose_batch
     for option in filter(None, job.option.split("+")):
+        if option == "short":
+            # Above: the points' kernel is read off at so many taps.
+            continue
         if option == "mean":
             arguments["global_pool"] = "avg"
         elif option == "wide":
