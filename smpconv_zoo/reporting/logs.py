@@ -169,24 +169,19 @@ class Study:
         """Final runs with the settings that are best on held-out training data; the test part has no say.
 
         Of equal settings that of lower loss; data with dropped samples take those of the complete data unless they
-        have runs of their own to choose by. Where nothing was chosen, or the chosen settings have no final run yet,
-        it is the reference's settings, or the only ones there are.
+        have runs of their own to choose by. Nothing, where the best settings have no final run yet, or where they were
+        chosen for other kernels on these data and not for this one. Where nothing was chosen for any, it is the
+        reference's settings, or the only ones there are.
         """
         final = self.final(data, dropped, kernel)
-        options = list(dict.fromkeys(run.option for run in final))
-        scores: dict[str, tuple[float, float]] = {}
         for share in (dropped, 0.0):
-            tried = [r for r in self.runs if (r.stage, r.data, r.dropped, r.kernel) == ("choose", data, share, kernel)]
-            for option in dict.fromkeys(run.option for run in tried):
-                own = [run for run in tried if run.option == option and run.validation is not None]
-                if own:
-                    loss = statistics.fmean(run.loss or 0.0 for run in own)
-                    scores[option] = (statistics.fmean(run.validation or 0.0 for run in own), -loss)
-            if scores:
-                break
-        best = max(scores, key=lambda option: scores[option]) if scores else ""
-        if best not in options:
-            best = options[0] if len(options) == 1 else ""
+            tried = [r for r in self.runs if (r.stage, r.data, r.dropped) == ("choose", data, share)]
+            if tried:
+                scores = _scores([run for run in tried if run.kernel == kernel])
+                best = max(scores, key=lambda option: scores[option]) if scores else None
+                return tuple(run for run in final if run.option == best)
+        options = list(dict.fromkeys(run.option for run in final))
+        best = options[0] if len(options) == 1 else ""
         return tuple(run for run in final if run.option == best)
 
     def final(self, data: str, dropped: float, kernel: str) -> tuple[StudyRun, ...]:
@@ -207,6 +202,17 @@ class Study:
     def sets(self) -> tuple[tuple[str, float], ...]:
         """Data with final runs, with the percentage of samples left out."""
         return tuple(dict.fromkeys((run.data, run.dropped) for run in self.runs if run.stage == "final"))
+
+
+def _scores(tried: Sequence[StudyRun]) -> dict[str, tuple[float, float]]:
+    """Of every option its mean validation accuracy, and below that its mean loss with the sign turned."""
+    scores = {}
+    for option in dict.fromkeys(run.option for run in tried):
+        own = [run for run in tried if run.option == option and run.validation is not None]
+        if own:
+            loss = statistics.fmean(run.loss or 0.0 for run in own)
+            scores[option] = (statistics.fmean(run.validation or 0.0 for run in own), -loss)
+    return scores
 
 
 def read_study(path: Path) -> Study | None:
