@@ -175,9 +175,12 @@ def ship(runs: Sequence[dict[str, Any]], chosen: str, folder: Path, log: str) ->
     assert isinstance(recipe, SequenceRecipe)
     path = folder / run["weights"]["file"]
     tensors, _ = read_safetensors(path, run["weights"]["sha256"])
-    model: Any = create_model(recipe.network, **recipe.arguments)
-    model.load_state_dict(tensors)
     test = TESTS[recipe.data](recipe)
+    # Kernels may be shorter than the samples.
+    _, channels, length = test.samples[0].shape
+    overlay = {"input_size": (channels, 1, length)}
+    model: Any = create_model(recipe.network, pretrained_cfg_overlay=overlay, **recipe.arguments)
+    model.load_state_dict(tensors)
     correct, total = top1(model, *test.samples), len(test.samples[1])
     if (correct, total) != (run["test"]["correct"], run["test"]["total"]):
         raise ValueError(
@@ -246,8 +249,8 @@ def chosen_by(runs: Sequence[dict[str, Any]], study: Study) -> str:
     if options:
         draws = len({run.seed for run in tried[share]})
         part = f"{100 * first['recipe']['held_out']:g} % of the training data, held out {_times(draws)}"
-        whose = "the complete data" if dropped and not share else "the same data"
-        how = f"options {_words(option)}, best of {', '.join(sorted(options))} on {part}, of {whose}"
+        whose = ", without anything dropped" if dropped and not share else ""
+        how = f"options {_words(option)}, best of {', '.join(sorted(options))} on {part}{whose}"
         if LATE_OPTION in option.split("+"):
             how += f" ({LATE_OPTION} was put among them after test figures of short fixed kernels had been seen)"
     else:

@@ -26,10 +26,17 @@ def test_every_embedded_checkpoint_has_its_recipe_inside():
     embedded = sorted(path.stem for path in weights_dir().glob("*.safetensors"))
     assert embedded == [
         "smpconv_resnet_mnist.mnist5k",
+        "smpconv_tcn.acsf1",
         "smpconv_tcn.arrowhead",
         "smpconv_tcn.basic_motions",
         "smpconv_tcn.gunpoint",
         "smpconv_tcn.italy_power_demand",
+        "smpconv_tcn.japanese_vowels",
+        "smpconv_tcn.japanese_vowels_30",
+        "smpconv_tcn.japanese_vowels_50",
+        "smpconv_tcn.japanese_vowels_70",
+        "smpconv_tcn.mnist1d",
+        "smpconv_tcn.osuleaf",
         "smpconv_tcn_mnist.pmnist5k",
         "smpconv_tcn_mnist.smnist5k",
     ]

@@ -111,7 +111,8 @@ def _what(card: CheckpointCard) -> Sequence[str]:
 
 
 def _use(card: CheckpointCard, repo: str, metadata: dict[str, str]) -> Sequence[str]:
-    shape = (1, *sample_shape(create_on_meta(card.network, **card.arguments)))
+    own = sample_shape(create_on_meta(card.network, **card.arguments))
+    shape = (1, *(own if card.golden is None else card.golden.shape[1:]))
     lines = [
         "```python",
         "import timm",

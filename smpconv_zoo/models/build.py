@@ -101,8 +101,8 @@ def _card_cfg(card: CheckpointCard, cfg: dict[str, Any]) -> dict[str, Any]:
         entries["num_classes"] = card.arguments["num_classes"]
     channels, height, width = cfg["input_size"]
     if height == 1:
-        # A sequence is as long as the kernels.
-        width = card.arguments.get("kernel_size", width)
+        # A sequence is as long as the kernels, if the card has no longer one.
+        width = card.arguments.get("kernel_size", width) if card.golden is None else card.golden.shape[-1]
     entries["input_size"] = (card.arguments.get("in_chans", channels), height, width)
     if card.scaling is not None:
         entries |= {"mean": card.scaling.mean, "std": card.scaling.std}
@@ -152,8 +152,7 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
     make: Callable[..., ModelT] = maker(model_cls)
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
     if "input_size" not in overlay and "length" in size_arguments(model_cls) and "kernel_size" in kwargs:
-        # A sequence is as long as the kernels that are asked for: no other argument says how long.
-        overlay["input_size"] = (*cfg.input_size[:2], kwargs["kernel_size"])
+        overlay["input_size"] = (*cfg.input_size[:2], _sequence_length(variant, cfg, kwargs))
         cfg = dataclasses.replace(cfg, input_size=overlay["input_size"])
     ratio = None
     if asked:
@@ -185,6 +184,20 @@ def build_smpconv(model_cls: type[ModelT], variant: str, pretrained: bool, **kwa
     if source:
         own["source"] = source
     return model
+
+
+def _sequence_length(variant: str, cfg: Any, arguments: dict[str, Any]) -> int:
+    """Of the sequences of a network whose kernels have the ``kernel_size`` asked for: no other argument says how long.
+
+    As long as the kernels, unless those of the weights are shorter than their sequences: then in their proportion.
+    """
+    taps: int = arguments["kernel_size"]
+    known = arguments.get("pretrained_model_args") or {}
+    if any(known.get(name) is not None for name in ("length", "sample_rate")):
+        return taps
+    if not known and cfg.tag and f"{variant}.{cfg.tag}" in list_checkpoints():
+        known = checkpoint_card(f"{variant}.{cfg.tag}").arguments
+    return max(1, round(cfg.input_size[-1] * taps / known["kernel_size"])) if "kernel_size" in known else taps
 
 
 def _depth(model_cls: type[nn.Module], arguments: dict[str, Any]) -> int:

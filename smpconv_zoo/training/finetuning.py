@@ -25,7 +25,7 @@ from smpconv_zoo.data.classes import class_names
 from smpconv_zoo.data.folders import Pictures, check_pictures, open_pictures
 from smpconv_zoo.environment import hardware, versions
 from smpconv_zoo.models.build import sample_shape
-from smpconv_zoo.pretrained.cards import CheckpointCard, Data, Training
+from smpconv_zoo.pretrained.cards import CheckpointCard, Data, Training, list_checkpoints
 from smpconv_zoo.pretrained.home import card_in_use
 from smpconv_zoo.pretrained.store import CheckpointError, how_to_get, read_safetensors
 from smpconv_zoo.training.arrays import ArrayData, Parts, load_parts
@@ -428,8 +428,13 @@ def _length(start: Start, length: int) -> dict[str, Any]:
     if saved.get("sample_rate") is not None:
         # Said as a length from here on: an entrypoint takes one of the two.
         return {"sample_rate": None, "length": length}
-    native = timm.create_model(start.network, device=torch.device("meta"), **start.arguments)
-    return {} if sample_shape(native)[1] == length and not saved else {"length": length}
+    known = start.name if start.name in list_checkpoints() else start.network
+    native = sample_shape(timm.create_model(known, device=torch.device("meta"), **start.arguments))[1]
+    taps = start.arguments.get("kernel_size", native)
+    if native == length and not saved:
+        return {}
+    # Kernels shorter than their sequences stay so, in proportion: by its length the network would not be built again.
+    return {"length": length} if taps >= native else {"kernel_size": max(1, round(taps * length / native))}
 
 
 # ------------------------------------------------------------------------------------------------------ network, saving
