@@ -9,6 +9,7 @@ their last epoch. Nothing is chosen on test data. Jobs of the stage `time` take 
     python eval/study.py --device cuda --jobs 12 --log runs/study.jsonl --weights runs/weights
     python eval/study.py --list
     python eval/study.py --log runs/study.jsonl --summary
+    python eval/study.py --log eval/results/study.jsonl --markdown
 
 The log has a line for every run. The same command again goes on where it was stopped: what is logged is not run again.
 """
@@ -39,6 +40,7 @@ from smpconv_zoo.data.mnist5k import mnist5k_images
 from smpconv_zoo.data.ucr import load_ucr
 from smpconv_zoo.environment import hardware, versions
 from smpconv_zoo.evaluation.classification import top1
+from smpconv_zoo.evaluation.tables import markdown_table
 from smpconv_zoo.training.arrays import ArrayData, load_parts, pixels_as_input
 from smpconv_zoo.training.engine import EpochLog
 from smpconv_zoo.training.recipe import SequenceRecipe, make_recipe
@@ -152,6 +154,18 @@ DATA = {
     ),
 }
 TIMED = ("smnist5k", "japanese-vowels", "acsf1", "mnist1d")
+THEIRS = ("ROCKET", "InceptionTime", "HC2")
+# What others publish for the same split, top-1 in percent; where from, docs/study.md says.
+PUBLISHED = {
+    "gunpoint": {"ROCKET": "100.00", "InceptionTime": "100.00", "HC2": "100.00"},
+    "arrowhead": {"ROCKET": "81.43 ± 0.94", "InceptionTime": "84.57", "HC2": "86.86"},
+    "italy-power-demand": {"ROCKET": "96.96 ± 0.10", "InceptionTime": "96.50", "HC2": "96.99"},
+    "basic-motions": {"InceptionTime": "100.00"},
+    "japanese-vowels": {"InceptionTime": "99.19"},
+    "acsf1": {"ROCKET": "88.60 ± 1.07", "InceptionTime": "92.00", "HC2": "91.00"},
+    "osuleaf": {"ROCKET": "94.09 ± 0.34", "InceptionTime": "94.21", "HC2": "96.69"},
+    "mnist1d": {"MLP": "68", "CNN": "94", "GRU": "91"},
+}
 # Final runs in the order of their worth: these first, with the jobs that they wait for.
 ORDER = tuple(DATA)
 
@@ -340,22 +354,28 @@ def choice(records: Sequence[dict[str, Any]], data: str, kernel: str) -> str | N
 
     The options of other data are taken where those say so. A single option needs no runs.
     """
-    data = DATA[data].as_chosen_on or data
-    options = _options(data, kernel)
+    options = _options(DATA[data].as_chosen_on or data, kernel)
     if len(options) == 1:
         return options[0]
+    best, left = choice_so_far(records, data, kernel)
+    return None if left else best
+
+
+def choice_so_far(records: Sequence[dict[str, Any]], data: str, kernel: str) -> tuple[str | None, tuple[str, ...]]:
+    """The best of the options that have all their runs, None without any, and the options that have not."""
+    data = DATA[data].as_chosen_on or data
     figures = {}
-    for option in options:
+    for option in _options(data, kernel):
         found = [
             r for r in records if (r["stage"], r["data"], r["kernel"], r["option"]) == ("choose", data, kernel, option)
         ]
-        if len(found) < DATA[data].draws:
-            return None
-        figures[option] = (
-            statistics.fmean(r["validation_top1"] for r in found),
-            -statistics.fmean(r["validation_loss"] for r in found),
-        )
-    return max(options, key=lambda option: figures[option])
+        if len(found) >= DATA[data].draws:
+            figures[option] = (
+                statistics.fmean(r["validation_top1"] for r in found),
+                -statistics.fmean(r["validation_loss"] for r in found),
+            )
+    left = tuple(option for option in _options(data, kernel) if option not in figures)
+    return (max(figures, key=lambda option: figures[option]) if figures else None), left
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -483,6 +503,91 @@ def summary(records: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(records: Sequence[dict[str, Any]]) -> str:
+    """The tables of docs/study.md: all kernels, with the reference's options and with chosen ones; others' figures.
+
+    What is not run leaves its cell empty, and is listed below.
+    """
+    finals: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        if record["stage"] == "final":
+            finals.setdefault((record["data"], record["kernel"], record["option"]), []).append(record)
+    times = {(r["data"], r["kernel"]): r["step_ms"] for r in records if r["stage"] == "time" and r["alone"]}
+    rows, beside, told = [], [], set()
+    missing: dict[tuple[str, str], list[str]] = {}
+    for data, chosen in DATA.items():
+        for kernel in chosen.kernels:
+            best, left = choice_so_far(records, data, kernel)
+            if best is None and len(left) == 1:
+                best, left = left[0], ()
+            reference, runs = finals.get((data, kernel, ""), []), finals.get((data, kernel, best or ""), [])
+            runs = runs if best is not None else []
+            told |= {(data, kernel, ""), (data, kernel, best)}
+            some = reference or runs
+            rows.append(
+                (
+                    data,
+                    kernel,
+                    f"{some[0]['parameters']:,}" if some else "",
+                    _cell(reference),
+                    "" if best is None else best or "reference",
+                    _cell(runs),
+                    f"{times[data, kernel]:.2f}" if (data, kernel) in times else "",
+                )
+            )
+            if kernel == "points" and data in PUBLISHED:
+                others = dict(PUBLISHED[data])
+                short = finals.get((data, "short", choice_so_far(records, data, "short")[0] or ""), [])
+                columns = [others.pop(name, "") for name in THEIRS]
+                rest = ", ".join(f"{name} {figure}" for name, figure in others.items())
+                beside.append((data, _cell(runs), _cell(short), *columns, rest))
+            lacks = []
+            if left:
+                lacks.append(f"runs to choose by {', '.join(left)}")
+            if best is not None and len(runs) < chosen.seeds:
+                lacks.append(f"{chosen.seeds - len(runs)} of {chosen.seeds} seeds with the chosen options")
+            if (data, kernel, "") in finals and len(reference) < chosen.seeds and best != "":
+                lacks.append(f"{chosen.seeds - len(reference)} of {chosen.seeds} seeds with the reference's options")
+            for lack in lacks:
+                missing.setdefault((data, lack), []).append(kernel)
+    timed = sum(len(DATA[data].kernels) for data in TIMED)
+    lines = [f"{data}, {', '.join(kernels)}: {lack}" for (data, lack), kernels in missing.items()]
+    if len(times) < timed:
+        lines.append(f"the time of a step with the GPU alone: {timed - len(times)} of {timed} jobs")
+    earlier = [
+        f"{data} {kernel} {option}: {_cell(runs)}"
+        for (data, kernel, option), runs in finals.items()
+        if (data, kernel, option) not in told
+    ]
+    header = ("data", "kernel", "parameters", "reference's options", "chosen options", "with them", "ms a step, alone")
+    published = (
+        "data",
+        "points, measured",
+        "short fixed, measured",
+        *(f"{name}, published" for name in (*THEIRS, "others")),
+    )
+    lists = [
+        ("Not run:", lines),
+        ("Run on test data with options that were chosen before others were added:", earlier),
+    ]
+    return "\n".join(
+        [
+            markdown_table(header, rows, right=(2, 3, 5, 6)),
+            markdown_table(published, beside, right=(1, 2, 3, 4, 5)),
+            *("\n".join([title, "", *(f"- {entry}" for entry in entries), ""]) for title, entries in lists if entries),
+        ]
+    )
+
+
+def _cell(runs: Sequence[dict[str, Any]]) -> str:
+    """Mean and deviation of the test accuracy, and of how many seeds."""
+    if not runs:
+        return ""
+    figures = [run["test"]["top1"] for run in runs]
+    spread = f" ± {statistics.stdev(figures):.2f}" if len(figures) > 1 else ""
+    return f"{statistics.fmean(figures):.2f}{spread} ({len(figures)})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
@@ -498,11 +603,14 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="instead of each job's own, to try things out")
     parser.add_argument("--list", action="store_true", help="print the jobs and stop")
     parser.add_argument("--summary", action="store_true", help="print the figures of the log and stop")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/study.md and stop")
     args = parser.parse_args()
     if args.list:
         sys.stdout.write("".join(f"{job.name}\n" for job in jobs() if _wanted(job, args.only)))
     elif args.summary:
         sys.stdout.write(summary(read_log(args.log)) + "\n")
+    elif args.markdown:
+        sys.stdout.write(markdown(read_log(args.log)))
     else:
         sys.exit(1 if work(args) else 0)
 
