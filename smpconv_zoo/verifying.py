@@ -112,8 +112,9 @@ class _Checkpoint:
         samples = golden.shape[0] if golden.shape else 0
         drawable = 0 <= golden.seed < 1 << 32 and 1 <= samples <= MAX_GOLDEN_SAMPLES
         # Sequences may be longer than the kernels, by which the network is built.
-        longer = len(expected) == 2 and golden.shape[-1] in range(expected[1], LONGEST_GOLDEN * expected[1] + 1)
-        fits = golden.shape[1:] == ((*expected[:1], golden.shape[-1]) if longer else expected)
+        fits = golden.shape[1:] == expected
+        if not fits and len(expected) == 2 and golden.shape[1:2] == expected[:1] and len(golden.shape) == 3:
+            fits = expected[1] < golden.shape[2] <= LONGEST_GOLDEN * expected[1]
         if not drawable or not fits or len(golden.logits) != samples or len(rows) != 1:
             raise CheckpointError(f"the card's golden input, seed {golden.seed} and shape {golden.shape}, is no input")
         error = golden_error(self.model, golden)
