@@ -189,12 +189,15 @@ def test_settings_are_chosen_by_held_out_data_alone(tmp_path: Path) -> None:
     assert {run.option for run in study.chosen("gunpoint", 0, "points")} == {"mean"}
     # Dropped samples go with what was chosen on the complete data.
     assert [run.test for run in study.chosen("japanese-vowels", 30, "points")] == [91.0, 93.0]
-    # Without final runs of the best settings, and without any choice, it is the reference's.
+    # Without final runs of the best settings there is nothing to show: the reference's would not be what was chosen.
+    # So it is for a kernel without a choice where others have one; where none has, it is the reference's.
     lines = made_study()
     without = [line for line in lines if (line.get("stage"), line.get("option")) != ("final", "mean")]
-    for left in (without, [line for line in lines if line.get("stage") != "choose"]):
+    others = [line for line in lines if (line.get("stage"), line.get("kernel")) != ("choose", "mlp")]
+    nobody = [line for line in lines if line.get("stage") != "choose"]
+    for left, options in ((without, set()), (others, set()), (nobody, {""})):
         study = read_study(write_lines(tmp_path / "study.jsonl", left))
-        assert study is not None and {run.option for run in study.chosen("gunpoint", 0, "mlp")} == {""}
+        assert study is not None and {run.option for run in study.chosen("gunpoint", 0, "mlp")} == options
 
 
 def test_the_logs_of_shipped_checkpoints_are_read_and_others_are_not(tmp_path: Path) -> None:
@@ -415,6 +418,17 @@ def test_the_study_is_shown_where_it_is_and_said_to_be_missing_where_it_is_not(t
         dropped.id,
     }
     assert "study --device cuda" in render_section(section, Links(tmp_path, tmp_path / "report.html"))
+    assert "left out" not in section.lead
+    # Steps that were timed beside other runs, and kernels with nothing beside them, are not drawn.
+    lines = [{**line, "alone": False} if line.get("stage") == "time" else line for line in made_study()]
+    alone = ("gunpoint", "points")
+    lines = [x for x in lines if x.get("data") != "gunpoint" or (x.get("data"), x.get("kernel")) == alone]
+    write_lines(path, lines)
+    section = log_sections(tmp_path)["study"]
+    assert "no step was timed with nothing else running" in section.lead
+    assert "study-time" not in {part.id for part in section.parts}
+    (size,) = (part for part in section.parts if part.id == "study-size")
+    assert isinstance(size, Figure) and len(size.drawings) == 1
 
 
 def test_the_command_writes_a_page_and_pictures_of_any_checkpoints(tmp_path: Path) -> None:

@@ -249,13 +249,15 @@ def test_cards_of_another_network(folder: Folder, changes: dict[str, Any], messa
         lambda g: g.update(seed=1),
         lambda g: g.update(seed=-1),
         lambda g: g.update(shape=[1 << 40, *g["shape"][1:]]),
+        lambda g: g.update(shape=[*g["shape"][:2], 1 << 40]),
+        lambda g: g.update(shape=[*g["shape"][:2], g["shape"][2] // 2]),
         lambda g: g.update(shape=[]),
         lambda g: g.update(logits=[]),
         lambda g: g.update(logits=[[], []]),
         lambda g: g.update(logits=[[0.0] * len(row) for row in g["logits"]]),
         lambda g: g["logits"][0].pop(),
     ],
-    ids=["logit", "seed", "negative seed", "huge", "no shape", "none", "empty", "zeros", "ragged"],
+    ids=["logit", "seed", "negative seed", "huge", "long", "short", "no shape", "none", "empty", "zeros", "ragged"],
 )
 def test_wrong_golden_logits(folder: Folder, change: Callable[[dict[str, Any]], Any]) -> None:
     change(folder.card["golden"])

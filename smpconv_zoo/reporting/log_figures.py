@@ -281,8 +281,8 @@ def study_tables(study: Study) -> list[Table]:
             "study-chosen",
             "Accuracy",
             "Test top-1 in percent, mean ± standard deviation (seeds). The networks of a row differ in their large "
-            "kernels alone, and in settings: each kind has those that did best on held-out training data, or the "
-            "reference's as long as it has no such runs.",
+            "kernels alone, and in settings: each kind has those that did best on held-out training data; an empty "
+            "cell was not run with them. docs/study.md says what was found, and what others publish.",
             header,
             rows(chosen),
             sources,
@@ -354,7 +354,8 @@ def _size_panels(study: Study) -> Iterable[Drawing]:
             for kernel, own in runs.items()
         }
         every = [place for own in places.values() for place in own]
-        if not every:
+        if sum(map(bool, places.values())) < 2:
+            # Nothing to compare.
             continue
         x_axis = Axis("parameters", *spread([float(x) for x, _ in every], log=True, room=0.25), log=True)
         panel = Panel(data, x_axis, Axis("test top-1, %", *spread([top1 for _, top1 in every])))

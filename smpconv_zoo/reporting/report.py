@@ -190,12 +190,10 @@ def _study_section(root: Path) -> Section:
         *(() if dropped is None else (dropped,)),
         *study_tables(study)[1:],
     )
-    return Section(
-        "study",
-        title,
-        "What the points are worth: the same networks, trained alike, with large kernels of other kinds.",
-        parts,
-    )
+    lead = "What the points are worth: the same networks, trained alike, with large kernels of other kinds."
+    if not any(run.stage == "time" and run.alone for run in study.runs):
+        lead += " Accuracy against the time of a step is left out: no step was timed with nothing else running yet."
+    return Section("study", title, lead, parts)
 
 
 def look_at(card: CheckpointCard, batch_size: int = 100) -> Look:
