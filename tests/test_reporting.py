@@ -25,7 +25,7 @@ from smpconv_zoo.layers import SMPConv1d
 from smpconv_zoo.pretrained.cards import checkpoint_card, list_checkpoints
 from smpconv_zoo.reporting.drawing import COLOURS, Dots, Drawing, Line, Picture, Text, drawing_to_svg, drawings_to_png
 from smpconv_zoo.reporting.figure import Figure
-from smpconv_zoo.reporting.log_figures import dropped_figure, study_figures, study_tables, wilson_interval
+from smpconv_zoo.reporting.log_figures import _labels, dropped_figure, study_figures, study_tables, wilson_interval
 from smpconv_zoo.reporting.logs import StudyRun, read_study, read_training, summarize
 from smpconv_zoo.reporting.network_figures import Look, Samples, silent_points
 from smpconv_zoo.reporting.page import Links, render_section
@@ -377,6 +377,17 @@ def test_the_page_of_the_repository_shows_the_logs_as_they_are() -> None:
             assert counted in page, f"{card.id} is not what it was, or new: make report"
     assert "kernels-smpconv_tcn_mnist-smnist5k" in page and "<script" not in page
     assert PAGE.stat().st_size < 2e6 and (ROOT / "docs" / "report.png").stat().st_size < 4e5
+
+
+def test_of_many_marks_the_ends_are_named() -> None:
+    few = [(1.0, 90.0 + i, "first") for i in range(8)]
+    assert [text for _, _, text, _ in _labels(few)] == [f"{90 + i}.00" for i in range(8)]
+    many = [*few, (2.0, 50.0, "third")]
+    assert _labels(many) == [
+        (1.0, 90.0, "90.00", "first"),
+        (1.0, 97.0, "97.00", "first"),
+        (2.0, 50.0, "50.00", "third"),
+    ]
 
 
 def test_the_study_is_shown_where_it_is_and_said_to_be_missing_where_it_is_not(tmp_path: Path) -> None:

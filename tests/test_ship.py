@@ -28,8 +28,9 @@ from smpconv_zoo.evaluation.classification import evaluate_checkpoint
 from smpconv_zoo.evaluation.test_sets import EvaluationData, dropped_share
 from smpconv_zoo.pretrained.cards import CardError, CheckpointCard, checkpoint_card, load_card, weights_dir
 from smpconv_zoo.pretrained.store import CheckpointError
+from smpconv_zoo.publishing import _config
 from smpconv_zoo.reporting.logs import read_study
-from smpconv_zoo.training.finetuning import find_start
+from smpconv_zoo.training.finetuning import _length, find_start
 from smpconv_zoo.training.recipe import SequenceRecipe, load_recipe
 
 SERIES = match_checkpoints(["smpconv_tcn.*"])
@@ -241,3 +242,18 @@ def test_a_wildcard_leaves_out_what_has_no_data(monkeypatch: pytest.MonkeyPatch)
     for names in (["smpconv_tcn.gunpoint", "smpconv_tcn.basic_motions"], ["smpconv_tcn.g*"]):
         done = runner.invoke(cli.app, ["eval", *names])
         assert isinstance(done.exception, FileNotFoundError) and "checkpoint  " not in done.stdout
+
+
+def test_kernels_stay_shorter_than_their_series(tmp_path: Path) -> None:
+    short, plain = find_start("smpconv_tcn.gunpoint"), find_start("smpconv_tcn.italy_power_demand")
+    assert (_length(short, 150), _length(short, 300)) == ({}, {"kernel_size": 64})
+    assert (_length(plain, 24), _length(plain, 48)) == ({}, {"length": 48})
+    # As a repository holds them: timm's configuration, and the weights.
+    card = checkpoint_card("smpconv_tcn.gunpoint")
+    (tmp_path / "config.json").write_bytes(_config(card))
+    shutil.copy(weights_dir() / card.files[0].name, tmp_path / "model.safetensors")
+    x = torch.randn(2, 1, 150)
+    own: Any = timm.create_model("smpconv_tcn.gunpoint", pretrained=True).eval()
+    again: Any = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert again.pretrained_cfg["input_size"][-1] == own.pretrained_cfg["input_size"][-1] == 150
+    torch.testing.assert_close(again(x), own(x))

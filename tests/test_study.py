@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -136,3 +137,43 @@ def test_runs_measure_what_they_may(study: ModuleType, tmp_path: Path, monkeypat
     assert (tmp_path / final["weights"]["file"]).is_file()
     assert json.loads(json.dumps(final)) == final
     assert "mnist1d" in study.summary([choosing, final])
+
+
+def test_the_page_of_the_study_is_made_of_its_log(study: ModuleType) -> None:
+    page = (ROOT / "docs" / "study.md").read_text(encoding="utf-8")
+    tables = re.search(r"<!-- study: .*? -->\n(.*?)<!-- end -->", page, flags=re.S)
+    assert tables is not None
+    assert tables[1] == study.markdown(study.read_log(ROOT / "eval" / "results" / "study.jsonl"))
+    # The commands are those of the script.
+    for line in re.findall(r"^python eval/study\.py.*$", page, flags=re.M):
+        assert set(re.findall(r"--[a-z]+", line)) <= set(
+            re.findall(r"--[a-z]+", (ROOT / "eval" / "study.py").read_text(encoding="utf-8"))
+        )
+
+
+def test_the_tables_say_what_was_not_run(study: ModuleType) -> None:
+    def final(option: str, seed: int, top1: float, kernel: str = "fixed") -> dict[str, Any]:
+        test = {"top1": top1, "correct": 1, "total": 2}
+        return record(option, seed, 0.0, stage="final", kernel=kernel, parameters=1234, test=test, alone=False)
+
+    tried = [record(option, i, 90.0 if option == "mean" else 80.0) for option in ("", "mean") for i in range(3)]
+    timed = {"data": "mnist1d", "kernel": "points", "option": "", "stage": "time", "step_ms": 2.5}
+    records = [
+        *tried,
+        *(final("", seed, 70.0 + seed) for seed in range(5)),
+        *(final("mean", seed, 90.0 + 2 * seed) for seed in range(2)),
+        final("mean+augment", 0, 95.0),
+        {**timed, "alone": True},
+        {**timed, "data": "acsf1", "alone": False},
+    ]
+    text = study.markdown(records)
+    assert "| gunpoint | fixed | 1,234 | 72.00 ± 1.58 (5) | mean | 91.00 ± 1.41 (2) |  |\n" in text
+    assert "| gunpoint | points |  |  |  |  |  |\n" in text
+    assert "| mnist1d | points |  |  |  |  | 2.50 |\n" in text and "| acsf1 | points |  |  |  |  |  |\n" in text
+    assert "- gunpoint, fixed: runs to choose by mean+augment\n" in text
+    assert "- gunpoint, fixed: 3 of 5 seeds with the chosen options\n" in text
+    assert "- the time of a step with the GPU alone: 14 of 15 jobs\n" in text
+    assert "added:\n\n- gunpoint fixed mean+augment: 95.00 (1)\n" in text
+    # What others publish stays in its own columns.
+    assert "| gunpoint |  |  | 100.00 | 100.00 | 100.00 |  |\n" in text
+    assert "| mnist1d |  |  |  |  |  | MLP 68, CNN 94, GRU 91 |\n" in text

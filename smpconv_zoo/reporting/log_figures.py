@@ -45,6 +45,8 @@ KERNELS = {
     "short": ("short fixed grid", "fourth", "diamond"),
     "mlp": ("made by an MLP", "third", "triangle"),
 }
+# Marks of a panel that have room for a figure each.
+LABELS = 8
 _FURTHER = (("plain", "circle"), ("wrong", "square"), ("ink", "triangle"))
 
 
@@ -65,7 +67,7 @@ def checkpoint_table(cards: Sequence[CheckpointCard]) -> Table:
         "checkpoints",
         "Checkpoints",
         "Top-1 accuracy in percent. The two columns of figures do not compare: the authors' are of the data named, as "
-        "they publish them; ours are of small sets out of Python packages.",
+        "they publish them; ours are of small sets out of Python packages, and of MNIST-1D, which is drawn.",
         ("checkpoint", "data", "parameters", "paper", "measured", "weights"),
         rows,
         (Source("weights/README.md", "python -m smpconv_zoo.evaluation.tables --page"),),
@@ -114,6 +116,16 @@ def _form_entry(card: CheckpointCard) -> tuple[str, str, str | None]:
     return f"{name}s", colour, shape
 
 
+def _labels(places: Sequence[tuple[float, float, str]]) -> list[tuple[float, float, str, str]]:
+    """Accuracies (x, y, colour) in figures: each of a few, of many the lowest and the highest of a colour."""
+    kept = list(places)
+    if len(places) > LABELS:
+        own = [[place for place in places if place[2] == colour] for colour in dict.fromkeys(c for _, _, c in places)]
+        ends = (end(group, key=lambda place: place[1]) for group in own for end in (min, max))
+        kept = list(dict.fromkeys(ends))
+    return [(x, y, f"{y:.2f}", colour) for x, y, colour in kept]
+
+
 def _measured_panel(title: str, label: str, places: Sequence[tuple[CheckpointCard, float]]) -> Drawing:
     found = [(card, x, card.measured, form_look(card.data.input)) for card, x in places if card.measured is not None]
     ends = [wilson_interval(measured.correct, measured.total) for _, _, measured, _ in found]
@@ -125,7 +137,7 @@ def _measured_panel(title: str, label: str, places: Sequence[tuple[CheckpointCar
         panel.whisker(x, 100 * low, 100 * high, colour)
         told = f"{card.id}: {measured.top1:.2f} % ({measured.correct} of {measured.total})"
         panel.dots([(x, measured.top1)], colour, 9, shape, title=told)
-    panel.labels((x, measured.top1, f"{measured.top1:.2f}", colour) for _, x, measured, (_, colour, _) in found)
+    panel.labels(_labels([(x, measured.top1, colour) for _, x, measured, (_, colour, _) in found]))
     said = "; ".join(f"{card.id} {measured.top1:.2f} % at {short_number(x)}" for card, x, measured, _ in found)
     return panel.drawn(f"Test accuracy against {label}: {said}.")
 
@@ -281,8 +293,9 @@ def study_tables(study: Study) -> list[Table]:
             "study-chosen",
             "Accuracy",
             "Test top-1 in percent, mean ± standard deviation (seeds). The networks of a row differ in their large "
-            "kernels alone, and in settings: each kind has those that did best on held-out training data; an empty "
-            "cell was not run with them. docs/study.md says what was found, and what others publish.",
+            "kernels alone, and in settings: each kind has those that did best on held-out training data (where "
+            "nothing was chosen by for any kind, the reference's); an empty cell was not run with them. docs/study.md "
+            "says what was found, and what others publish.",
             header,
             rows(chosen),
             sources,
