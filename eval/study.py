@@ -62,8 +62,9 @@ class DataSet:
 
     ``seeds`` of final runs, ``draws`` of the part to choose by, its share ``held_out``; ``options`` to choose between,
     of points and of other kernels; "short" was added after it had been seen that short fixed kernels are ahead on long
-    series, and is chosen like the others. ``omega`` of the MLP: CKConv's own where it was tuned for the task (runs/README.md
-    of dwromero/ckconv), on JapaneseVowels that of CharacterTrajectories at the same percentage of dropped samples.
+    series, and is chosen like the others. ``omega`` of the MLP: CKConv's own where it was tuned for the task
+    (runs/README.md of dwromero/ckconv), on JapaneseVowels that of CharacterTrajectories at the same percentage of
+    dropped samples.
     Digits are augmented throughout, as eval/results/search_mnist5k.jsonl chose for kernels of points.
     """
 
