@@ -21,12 +21,17 @@ from torch import Tensor
 from smpconv_zoo import ops
 from smpconv_zoo.environment import hardware, versions
 from smpconv_zoo.ops.dispatch import _choose
+from smpconv_zoo.ops.fft import Depthwise
+from smpconv_zoo.ops.onednn import _direct_pays, _weight_directly, _why_no_kernel
 
 # (channels, map, kernel): the four stages of SMPConvNet-T at 224 pixels, then smaller kernels around the crossover.
 DEPTHWISE = [
     (96, 56, 31), (192, 28, 29), (384, 14, 27), (768, 7, 13),
     (96, 56, 17), (96, 56, 15), (96, 56, 13), (96, 56, 7), (384, 14, 15), (384, 14, 13), (384, 14, 7),
+    (96, 56, 5), (192, 28, 5), (384, 14, 5), (768, 7, 5),
 ]  # fmt: skip
+# The gradient to the kernel alone, also where maps are of another size.
+TO_WEIGHT = [*DEPTHWISE, (96, 48, 31), (192, 24, 29), (384, 12, 23), (384, 10, 19), (384, 8, 15), (96, 112, 3)]
 # (in, out, length, taps): the sequence networks' own, then short kernels.
 CAUSAL = [
     (30, 30, 784, 784), (1, 30, 784, 784), (30, 30, 1024, 1024), (30, 30, 182, 182), (30, 30, 161, 161),
@@ -63,6 +68,30 @@ def main() -> None:
             weight.requires_grad_()
             train = row(partial(step, function), function, x, weight, args.repeats)
             write(f"{shape!s:32}{forward}            {train}")
+    if _why_no_kernel() is None and device.type == "cpu":
+        write_gradients_to_weight(args.batch_size, args.repeats)
+
+
+def write_gradients_to_weight(batch: int, repeats: int) -> None:
+    """Of a depthwise convolution: PyTorch's own, through the FFT, directly by forward convolutions, the one taken."""
+    head = f"{'PyTorch':>10}{'fft':>10}{'directly':>10}{'taken':>10}"
+    write(f"\n{'gradient to a depthwise kernel':32}{head}   channels last:{head}")
+    for shape in TO_WEIGHT:
+        line = f"{shape!s:32}"
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x, weight = tensors(ops.depthwise_conv2d, shape, batch, torch.device("cpu"))
+            x = x.contiguous(memory_format=layout)
+            grad = torch.randn_like(x)
+            taps = list(weight.shape[2:])
+            places = [t // 2 for t in taps]
+            ways = (
+                partial(torch.nn.grad.conv2d_weight, x, weight.shape, grad, padding=places, groups=x.shape[1]),
+                partial(Depthwise(x.shape[2:], taps, places).weight_gradient, grad, x),
+                partial(_weight_directly, grad, x, taps),
+            )
+            line += "".join(f"{timed(way, repeats, x.device):10.3f}" for way in ways)
+            line += f"{'directly' if _direct_pays(x, taps) else 'fft':>10}" + " " * 17
+        write(line.rstrip())
 
 
 BACKENDS = ("reference", "fft", "onednn")

@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from smpconv_zoo import cli
 from smpconv_zoo.benchmarks import cpu, measure, operator, sequence, synthesis
 from smpconv_zoo.cli import app
+from smpconv_zoo.layers import LargeSmallConv
+from smpconv_zoo.ops import dispatch
 
 CPU = torch.device("cpu")
 
@@ -99,6 +101,20 @@ def test_the_direct_peer_computes_the_same_network() -> None:
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(cpu._directly(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_the_direct_peer_trains_by_pytorchs_own_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("test_smpconv").train()
+    taken = []
+    chosen = dispatch._choose
+    monkeypatch.setattr(
+        dispatch, "_choose", lambda *arguments, **kind: taken.append(chosen(*arguments, **kind)) or taken[-1]
+    )
+    x = torch.randn(2, 3, 64, 64)
+    cpu._directly(model)(x).sum().backward()
+    assert taken == []
+    model(x).sum().backward()
+    assert len(taken) == 2 * sum(isinstance(module, LargeSmallConv) for module in model.modules())
 
 
 def test_peers_are_of_the_same_size() -> None:

@@ -299,6 +299,24 @@ def test_the_large_and_the_small_branch_are_summed() -> None:
     torch.testing.assert_close(pair(x), 2 * scale * large(x) + scale * small(x) + 0.5, **FLOAT32)
 
 
+def test_the_small_branch_in_training_is_the_ordinary_one_and_is_heard() -> None:
+    torch.manual_seed(0)
+    convs = SMPConv2d(6, 6, 9, groups=6), nn.Conv2d(6, 6, 5, padding=2, groups=6, bias=False)
+    pair = LargeSmallConv(*(ConvNorm(conv, nn.BatchNorm2d(6)) for conv in convs))
+    x = seeded(3, 6, 8, 7).requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        y = pair(x)
+        return y.detach(), *torch.autograd.grad(y.square().sum(), [x, *pair.parameters()])
+
+    ours = step()
+    heard = []
+    pair.small.conv.register_forward_hook(lambda module, arguments, y: heard.append(y.shape))
+    for mine, plain in zip(ours, step(), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4 * float(plain.abs().max()))
+    assert heard == [(3, 6, 8, 7)]
+
+
 # --- points
 
 

@@ -397,10 +397,55 @@ def test_second_gradients_of_onednn_equal_those_of_the_slow_twin() -> None:
 def test_onednn_operators_are_registered_soundly() -> None:
     x, weight = draw(2, 3, 6, 5, dtype=torch.float32), draw(3, 1, 3, 5, seed=1, dtype=torch.float32)
     for arranged in (x, x.contiguous(memory_format=torch.channels_last)):
-        for name in ("onednn_depthwise", "onednn_depthwise_input"):
-            arguments = (arranged.detach().requires_grad_(), weight.detach().requires_grad_())
-            results = torch.library.opcheck(getattr(torch.ops.smpconv_zoo, name), arguments, rtol=1e-5, atol=1e-5)
+        for name, *others in (
+            ("onednn_depthwise", weight),
+            ("onednn_depthwise_input", weight),
+            ("onednn_depthwise_weight", arranged.flip(0), [3, 5]),
+        ):
+            arguments = [t.detach().requires_grad_() if isinstance(t, Tensor) else t for t in (arranged, *others)]
+            operator = getattr(torch.ops.smpconv_zoo, name)
+            results = torch.library.opcheck(operator, tuple(arguments), rtol=1e-5, atol=1e-5)
             assert set(results.values()) == {"SUCCESS"}
+
+
+@needs_avx512
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(14, 14), (7, 7), (8, 12), (13, 17), (10, 9), (28, 16), (1, 20), (20, 1), (3, 5)])
+@pytest.mark.parametrize("taps", [(27, 27), (13, 13), (5, 5), (3, 3), (1, 15), (15, 1), (29, 9), (9, 29)])
+def test_every_way_to_the_gradient_of_a_kernel_is_that_of_the_slow_twin(
+    size: tuple[int, int], taps: tuple[int, int], layout: torch.memory_format
+) -> None:
+    taps = tuple(min(t, 2 * s - 1) for t, s in zip(taps, size, strict=True))  # type: ignore[assignment]
+    x, grad = (draw(3, 5, *size, seed=seed).contiguous(memory_format=layout) for seed in (0, 1))
+    weight = torch.zeros(5, 1, *taps, dtype=torch.float64, requires_grad=True)
+    (exact,) = torch.autograd.grad(depthwise_conv2d_reference(x, weight), weight, grad)
+    directly = onednn._weight_directly(grad.float(), x.float(), taps)
+    assert directly.is_contiguous() and directly.shape == exact.shape
+    assert_near(directly, exact)
+    assert_near(onednn._convolve_weight_now(grad.float(), x.float(), taps), exact)
+
+
+@needs_avx512
+def test_which_way_the_gradient_of_a_kernel_is_taken() -> None:
+    def pays(size: int, taps: int, dtype: torch.dtype = torch.float32) -> bool:
+        return onednn._direct_pays(torch.empty(8, 96, size, size, dtype=dtype, device="meta"), [taps, taps])
+
+    # Far from where they meet: eval/results/convolution_cpu.txt.
+    assert pays(14, 27) and pays(7, 13) and pays(12, 23) and pays(56, 5) and pays(200, 5)
+    assert not pays(48, 31) and not pays(56, 31) and not pays(200, 31) and not pays(56, 17)
+    assert not pays(14, 27, torch.bfloat16)
+
+
+@needs_avx512
+def test_small_depthwise_kernels_get_their_own_gradient_in_training_alone() -> None:
+    x, weight = torch.zeros(1, 8, 9, 9), torch.zeros(8, 1, 5, 5)
+    assert dispatch._choose(x, weight, "auto", depthwise=True) == "reference"
+    weight.requires_grad_()
+    assert dispatch._choose(x, weight, "auto", depthwise=True) == "onednn"
+    with torch.no_grad():
+        assert dispatch._choose(x, weight, "auto", depthwise=True) == "reference"
+    assert dispatch._choose(x, weight[..., 1:4, 1:4], "auto", depthwise=True) == "reference"
+    assert dispatch._choose(x.bfloat16(), weight.bfloat16(), "auto", depthwise=True) == "reference"
 
 
 def test_onednn_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from smpconv_zoo.layers import SMPConv2d
+from smpconv_zoo.layers import LargeSmallConv, SMPConv2d
 from smpconv_zoo.models.build import sample_shape
 from smpconv_zoo.ops import depthwise_conv2d_reference
 
@@ -32,7 +32,7 @@ class CpuTime:
 
     ``work`` is "inference", "inference, merged" (reparameterised), "training" (forward and backward) or "training,
     channels last". The peer of the first two is ``peer``, that of training is the same network, as it was created, with
-    ``F.conv2d`` for its large kernels.
+    ``F.conv2d`` for its kernels.
     """
 
     network: str
@@ -125,12 +125,19 @@ def _train(model: nn.Module, x: Tensor) -> Callable[[], Any]:
 
 
 def _directly(model: nn.Module) -> nn.Module:
-    """A copy whose large kernels are convolved by ``F.conv2d``."""
+    """A copy whose kernels, large and small, are convolved by ``F.conv2d``."""
     slow = copy.deepcopy(model)
     for module in slow.modules():
         if isinstance(module, SMPConv2d):
             module.forward = types.MethodType(_direct_forward, module)  # type: ignore[method-assign]
+        elif isinstance(module, LargeSmallConv):
+            module.forward = types.MethodType(_plain_sum, module)  # type: ignore[method-assign]
     return slow
+
+
+def _plain_sum(self: LargeSmallConv, x: Tensor) -> Tensor:
+    sum_: Tensor = self.large(x) + self.small(x)
+    return sum_
 
 
 def _direct_forward(self: SMPConv2d, x: Tensor) -> Tensor:

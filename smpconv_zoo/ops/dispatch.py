@@ -45,6 +45,8 @@ BACKENDS = ("cuda", "fft", "short", "onednn", "reference")
 _CPU_DEPTHWISE_TAPS = 15
 _CPU_DEPTHWISE_TAPS_TRAINING = 13
 _CPU_DEPTHWISE_TAPS_CHANNELS_LAST = 8
+# From 5 x 5 taps on the gradient to the kernel is worth our own way to it, if nothing else is.
+_CPU_OWN_GRADIENT_TAPS = 25
 _POINT_COST_ONEDNN = 28
 _POINT_COST_DEPTHWISE = {"cuda": 8}
 # Taps from which the compiled CUDA kernels are taken: those of the networks have 13 and more, and PyTorch's own kernels
@@ -245,7 +247,8 @@ def _choose_on_avx512(x: Tensor, weight: Tensor) -> str:
     if max(height, width) < _CPU_DEPTHWISE_TAPS_TRAINING and not (
         is_channels_last(x) and width >= _CPU_DEPTHWISE_TAPS_CHANNELS_LAST
     ):
-        return "reference"
+        own = height * width >= _CPU_OWN_GRADIENT_TAPS and x.dtype == torch.float32 and _trains(x, weight)
+        return "onednn" if own else "reference"
     if max(height, width) < _CPU_DEPTHWISE_TAPS and not is_channels_last(x) and not _trains(x, weight):
         return "reference"
     size = x.shape[2:]

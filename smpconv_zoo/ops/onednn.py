@@ -2,12 +2,14 @@
 
 A direct convolution, but of the kind that large kernels need: sixteen channels at a time, one broadcast tap for all of
 them. On channels-first maps the same library has such kernels up to 14 taps wide, and beyond that none that is fast.
-Its own gradients are slow. That to the input is a forward convolution with the taps reversed; that to the kernel is
-taken through the FFT.
+Its own gradients are slow. That to the input is a forward convolution with the taps reversed. That to the kernel is one
+as well, of every image with its gradient for a kernel: as many outputs as the kernel has taps. Where both the map and
+the kernel are large the FFT takes less.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,13 +18,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from smpconv_zoo.operators import operator
-from smpconv_zoo.ops.fft import convolve_weight, empty_like_map, is_channels_last
+from smpconv_zoo.ops.fft import Depthwise, empty_like_map, good_fft_size, is_channels_last
 
 __all__ = ["can_run_onednn", "onednn_depthwise", "prefers_channels_last"]
 
 # oneDNN has the fast kernel from 14 taps in a row on; fewer, down to so many, are filled up with zeros.
 _WIDE = 15
 _NARROW = 8
+# The gradient to a kernel of so many taps in a row is taken for all images at once where maps lie channels first, or
+# are so narrow that the channels-last kernel does not fit: outputs so few, oneDNN is fast at.
+_FEW_OUTPUTS = 13
+_NARROW_MAP = 14
+# Multiply-accumulates for which a transformed point, times the logarithm of the transform, takes as long there, on maps
+# of up to so many places in a row and on larger ones. 14 x 14 maps with 27 x 27 taps come to 19 (a third of the time of
+# the FFT), 28 x 28 with 29 x 29 to 35 (nine tenths), but 56 x 56 with 13 x 13 to 11 (as long) and with 17 x 17 to 18
+# (near to twice as long): eval/results/convolution_cpu.txt.
+_SMALL_MAP = 32
+_POINT_COST_TO_WEIGHT = 36
+_POINT_COST_TO_WEIGHT_LARGE_MAP = 11
 
 
 def can_run_onednn(x: Tensor, weight: Tensor) -> str | None:
@@ -62,14 +75,23 @@ def onednn_depthwise(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _convolve_now(x: Tensor, weight: Tensor) -> Tensor:
-    height, width = weight.shape[2:]
-    if _NARROW <= width < _WIDE:
-        weight = F.pad(weight, ((_WIDE - width) // 2,) * 2)
-        width = _WIDE
+    if weight.shape[3] < (_NARROW if is_channels_last(x) else _WIDE):
+        # oneDNN is fast at these where they lie.
+        return F.conv2d(x, weight, padding=(weight.shape[2] // 2, weight.shape[3] // 2), groups=x.shape[1])
+    weight = _widened(weight)
     y = F.conv2d(
-        x.contiguous(memory_format=torch.channels_last), weight, padding=(height // 2, width // 2), groups=x.shape[1]
+        x.contiguous(memory_format=torch.channels_last),
+        weight,
+        padding=(weight.shape[2] // 2, weight.shape[3] // 2),
+        groups=x.shape[1],
     )
     return y if is_channels_last(x) else y.contiguous()
+
+
+def _widened(weight: Tensor) -> Tensor:
+    """Rows of taps filled up with zeros on both sides to where oneDNN is fast, if they are short of it by few."""
+    missing = _WIDE - weight.shape[3] if _NARROW <= weight.shape[3] < _WIDE else 0
+    return F.pad(weight, (missing - missing // 2, missing // 2)) if missing else weight
 
 
 def _convolve_input_now(grad: Tensor, weight: Tensor) -> Tensor:
@@ -89,7 +111,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     to_x, to_weight = ctx.needs_input_grad
     return (
         _convolve_input(grad, weight) if to_x else None,
-        _to_weight(grad, x, list(weight.shape[2:])) if to_weight else None,
+        _convolve_weight(grad, x, list(weight.shape[2:])) if to_weight else None,
     )
 
 
@@ -98,13 +120,67 @@ def _input_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     to_grad, to_weight = ctx.needs_input_grad
     return (
         _convolve(cotangent, weight) if to_grad else None,
-        _to_weight(grad, cotangent, list(weight.shape[2:])) if to_weight else None,
+        _convolve_weight(grad, cotangent, list(weight.shape[2:])) if to_weight else None,
     )
 
 
-def _to_weight(grad: Tensor, x: Tensor, taps: Sequence[int]) -> Tensor:
-    return convolve_weight(grad, x, taps, [t // 2 for t in taps], True)
+def _convolve_weight_now(grad: Tensor, x: Tensor, taps: Sequence[int]) -> Tensor:
+    if _direct_pays(x, taps):
+        return _weight_directly(grad, x, taps)
+    return Depthwise(x.shape[2:], taps, [t // 2 for t in taps]).weight_gradient(grad, x)
+
+
+def _direct_pays(x: Tensor, taps: Sequence[int]) -> bool:
+    # bfloat16 would be rounded for every image, before the sum.
+    if x.dtype != torch.float32:
+        return False
+    size = x.shape[2:]
+    cost = _POINT_COST_TO_WEIGHT if max(size) <= _SMALL_MAP else _POINT_COST_TO_WEIGHT_LARGE_MAP
+    points = math.prod([good_fft_size(s + t // 2) for s, t in zip(size, taps, strict=True)])
+    return math.prod(size) * math.prod(taps) <= cost * points * math.log2(points)
+
+
+def _weight_directly(grad: Tensor, x: Tensor, taps: Sequence[int]) -> Tensor:
+    images, channels, height, width = x.shape
+    rows, columns = (t // 2 for t in taps)
+    if taps[1] <= _FEW_OUTPUTS and (not is_channels_last(x) or width < _NARROW_MAP):
+        planes = x.reshape(1, images * channels, height, width)
+        kernels = grad.reshape(images * channels, 1, height, width)
+        of_images = F.conv2d(planes, kernels, padding=(rows, columns), groups=images * channels)
+        return of_images.reshape(images, channels, *taps).sum(0).unsqueeze(1).contiguous()
+    x = x.contiguous(memory_format=torch.channels_last)
+    total: Tensor | None = None
+    for image, gradient in zip(x.split(1), grad.unsqueeze(2), strict=True):
+        kernel = _widened(gradient)
+        before = (kernel.shape[3] - width + 1) // 2
+        share = F.conv2d(image, kernel, padding=(rows, columns + before), groups=channels)
+        total = share if total is None else total.add_(share)
+    assert total is not None
+    # There is one output more at the end where an odd number of zeros was filled in.
+    return total[..., : taps[1]].transpose(0, 1).contiguous()
+
+
+def _fake_weight(grad: Tensor, x: Tensor, taps: Sequence[int]) -> Tensor:
+    return grad.new_empty([grad.shape[1], 1, *taps])
+
+
+def _save_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, x, _ = inputs
+    ctx.save_for_backward(grad, x)
+
+
+def _weight_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    grad, x = ctx.saved_tensors
+    to_grad, to_x = ctx.needs_input_grad[:2]
+    return (
+        _convolve(x, cotangent) if to_grad else None,
+        _convolve_input(grad, cotangent) if to_x else None,
+        None,
+    )
 
 
 _convolve = operator("onednn_depthwise", _convolve_now, _fake, _save, _backward)
 _convolve_input = operator("onednn_depthwise_input", _convolve_input_now, _fake, _save, _input_backward)
+_convolve_weight = operator(
+    "onednn_depthwise_weight", _convolve_weight_now, _fake_weight, _save_weight, _weight_backward
+)
