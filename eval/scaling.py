@@ -40,10 +40,11 @@ from smpconv_zoo.training.world import join_world
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("equal", "kill", "eval", "speed", "control")
 USUAL = "equal,kill,eval,speed"
-# Largest relative differences of two loss curves, by the dtype of the training: of each of the first three steps, and of
-# the means over ten steps at a time. Processes sum in another order, and in bfloat16 each rounds its part of a gradient to
-# 8 bits. Adam and batch norms amplify that, about tenfold a step at a rate of 5e-4, until curves differ by as much as those
-# of one process that computes in another layout, which the part "control" shows: up to 4e-3 for the tiny network.
+# Largest relative differences of two loss curves, by the dtype of the training: of each of the first three steps, and
+# of the means over ten steps at a time. Processes sum in another order, and in bfloat16 each rounds its part of a
+# gradient to 8 bits. Adam and batch norms amplify that, about tenfold a step at a rate of 5e-4, until curves differ by
+# as much as those of one process that computes in another layout, which the part "control" shows: up to 4e-3 for the
+# tiny network.
 TOLERANCE_AT_FIRST = {"float32": 1e-5, "bfloat16": 2e-3}
 TOLERANCE = {"float32": 1e-2, "bfloat16": 2e-2}
 RATE = 1e-4
@@ -51,8 +52,8 @@ FIRST = 3
 WINDOW = 10
 # Epochs of equal training; the rate rises during the first one.
 EPOCHS = 5
-# What runs when the budget is spent is ended so many seconds later; what gives no sign for a while is ended, too, and on
-# CPUs tried again: gloo's processes may miss each other, or wait for each other for ever, on a busy machine.
+# What runs when the budget is spent is ended so many seconds later; what gives no sign for a while is ended, too, and
+# on CPUs tried again: gloo's processes may miss each other, or wait for each other for ever, on a busy machine.
 GRACE = 45
 SILENCE = {"cuda": 150, "cpu": 60}
 ATTEMPTS = {"cuda": 1, "cpu": 4}
@@ -345,8 +346,6 @@ class Study:
             jobs += [(part, count) for count in rest if part not in ("kill", "control")]
         return jobs
 
-    # -------------------------------------------------------------------------------------------- training is the same
-
     def equal(self, count: int) -> None:
         one, several = (self._losses(self._equal_run(processes)) for processes in (1, count))
         self.log.add(
@@ -458,8 +457,6 @@ class Study:
             "losses_compared_with": [round(float(loss), 5) for loss in b],
         }
 
-    # -------------------------------------------------------------------------------------------------- exact accuracy
-
     def eval(self, count: int) -> None:
         if self.trained is None:
             self._smpconv_zoo(
@@ -491,7 +488,11 @@ class Study:
     def _validation(self) -> int:
         """Pictures to validate on: a number that no number of processes divides."""
         numbers = (self.size.classes * per_class for per_class in range(5, 100))
-        return next(total for total in numbers if all(total % count for count in self.chosen.counts if count > 1))
+        shared = [count for count in self.chosen.counts if count > 1]
+        for total in numbers:
+            if all(total % count for count in shared):
+                return total
+        raise ValueError(f"{shared} processes share any pictures of {self.size.classes} classes evenly: other --counts")
 
     def _pictures(self) -> Path:
         if self.pictures is None:
@@ -503,8 +504,6 @@ class Study:
             )
             self.pictures = place
         return self.pictures
-
-    # ----------------------------------------------------------------------------------------------------------- speed
 
     def speed(self, count: int) -> None:
         cases, files = self._cases(count), None
@@ -581,8 +580,6 @@ class Study:
             # Without a validation part a tenth would be held out.
             (place / "val").symlink_to(self._pictures() / "val")
         return place
-
-    # -------------------------------------------------------------------------------------------------------- processes
 
     def _workers(self, count: int) -> int:
         return max(1, min(self.size.workers, len(os.sched_getaffinity(0)) // count))
