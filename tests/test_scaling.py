@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+import typer.main
 from eval_scripts import call_script, load_script
 from golden_files import ROOT
 
@@ -213,6 +216,22 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path, monkeypatch, capsys)
         status, _, errors = call("--device", "cuda")
         assert status == 1 and "this host has 0 GPUs, --counts 1,2,4,8 asks for more" in errors
     assert not (tmp_path / "log.json").exists()
+
+
+def test_the_page_about_it_is_true():
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    script = load_script("scaling")
+    command: Any = typer.main.get_command(script.app)
+    named = re.findall(r"^python eval/scaling\.py (.*)$", page, flags=re.M)
+    assert len(named) == 3
+    for arguments in named:
+        command.make_context("scaling.py", shlex.split(arguments))
+    assert [part for part in re.findall(r"^\| `(\w+)` \|", page, flags=re.M) if part in script.PARTS] == list(
+        script.PARTS
+    )
+    tolerances = (script.TOLERANCE_AT_FIRST["float32"], script.TOLERANCE_AT_FIRST["bfloat16"])
+    assert tolerances == (1e-5, 2e-3) and "at most 1e-5 of them in float32 (2e-3 in bfloat16)" in page
+    assert tuple(script.TOLERANCE.values()) == (1e-2, 2e-2) and "over ten steps by 1e-2 (2e-2)" in page
 
 
 def test_on_two_processes_all_of_it_holds_and_is_written_as_it_comes(tmp_path):

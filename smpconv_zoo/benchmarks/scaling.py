@@ -253,8 +253,12 @@ class _Watch:
         self._synchronize()
         span = time.perf_counter() - self.start
         self.trace.stop()
-        events = [event for event in self.trace.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        kernels = [(event.name, event.time_range.start, event.time_range.end) for event in events]
+        kernels = [
+            (event.name, event.time_range.start, event.time_range.end)
+            for event in self.trace.events()
+            # Names of stretches of the program, such as DDP's forward, are drawn beside the kernels.
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+        ]
         assert self.speed is not None
         # A trace counts in microseconds.
         nccl, alone = shares_of_communication(kernels, 1e6 * span) if kernels else (None, None)
