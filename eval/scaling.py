@@ -57,7 +57,9 @@ EPOCHS = 5
 GRACE = 45
 SILENCE = {"cuda": 150, "cpu": 60}
 ATTEMPTS = {"cuda": 1, "cpu": 4}
-RESTARTS = {"cuda": 1, "cpu": 6}
+RESTARTS = {"cuda": 2, "cpu": 6}
+# A run to time that failed so often is left out, and the next one begun.
+TRIES = {"cuda": 1, "cpu": 3}
 EXAMPLE = "Example: `python eval/scaling.py --device cuda --counts 1,2,4,8 --out scaling.json`"
 app = typer.Typer(add_completion=False, rich_markup_mode="markdown", pretty_exceptions_enable=False)
 
@@ -507,8 +509,10 @@ class Study:
 
     def speed(self, count: int) -> None:
         cases, files = self._cases(count), None
-        with contextlib.suppress(OSError):
+        try:
             files = self._many_pictures()
+        except OSError as error:
+            self.log.add({"part": "speed", "processes": count, "failed": f"no pictures in files: {error}"})
         answers = self.folder / f"speed-{count}"
         answers.mkdir()
         plan = {
@@ -538,6 +542,11 @@ class Study:
             self._launch(answers.name, count, script, look)
         finally:
             look(0)
+        for number, case in enumerate(cases):
+            if number not in known and (answers / f"{number}.begun").is_file():
+                what = f"{case.network}, {case.pictures}, sync_batch_norm={case.sync_batch_norm}"
+                said = _last_word((self.folder / f"{answers.name}.log").read_text(errors="replace"))
+                self.log.add({"part": "speed", "processes": count, "failed": f"{what}: {said}"})
 
     def _cases(self, count: int) -> list[SpeedCase]:
         """What is timed, the quick first; of files without shared norms alone."""
@@ -664,11 +673,15 @@ def _measure_speeds(place: Path) -> None:
     with join_world(device, timedelta(seconds=60) if device == "cpu" else None) as world:
         for number, entries in enumerate(plan["cases"]):
             case = SpeedCase(**entries)
-            answer = Path(plan["answers"], f"{number}.json")
-            if world.shared(time.time() > plan["until"] or answer.is_file()):
-                continue
             if case.pictures == "files" and plan["files"] is None:
                 continue
+            answer = Path(plan["answers"], f"{number}.json")
+            begun = answer.with_suffix(".begun")
+            tries = len(begun.read_text()) if world.leads and begun.is_file() else 0
+            if world.shared(time.time() > plan["until"] or answer.is_file() or tries == TRIES[device]):
+                continue
+            if world.leads:
+                begun.write_text("+" * (tries + 1))
 
             def tell(speed: Speed, answer: Path = answer) -> None:
                 if world.leads:
@@ -721,6 +734,7 @@ def _end(torchrun: subprocess.Popen[bytes]) -> None:
 def _last_word(output: str) -> str:
     """The line of an output that says what went wrong."""
     said = [line for line in output.splitlines() if re.search(r"(Error|Exception|smpconv-zoo|imagenet\.py): ", line)]
+    said = [line for line in said if "ChildFailedError" not in line]
     return " ".join(said[-1].split())[:300] if said else ""
 
 
