@@ -146,6 +146,25 @@ def test_the_most_processes_come_first_and_then_what_the_budget_allows(tmp_path)
     assert "left out, the budget was spent: equal with 8" in (tmp_path / "log.txt").read_text()
 
 
+def test_a_timed_run_that_fails_again_and_again_is_left_out_and_the_next_begun(tmp_path):
+    script = load_script("scaling")
+    cases = [dataclasses.replace(CASE, batch_per_process=2 + 2 * number) for number in range(3)]
+    plan = {"device": "cpu", "cases": [dataclasses.asdict(case) for case in cases], "files": None, "workers": 0}
+    place = tmp_path / "plan.json"
+    place.write_text(json.dumps({**plan, "until": time.time() + 60, "answers": str(tmp_path)}))
+    (tmp_path / "0.begun").write_text("+" * script.TRIES["cpu"])
+    (tmp_path / "1.json").write_text("measured before")
+    script._measure_speeds(place)
+    assert sorted(path.name for path in tmp_path.glob("?.json")) == ["1.json", "2.json"]
+    assert (tmp_path / "1.json").read_text() == "measured before"
+    assert json.loads((tmp_path / "2.json").read_text())["processes"] == 1
+    # Nor is anything begun when the time is over.
+    (tmp_path / "2.json").unlink()
+    place.write_text(json.dumps({**plan, "until": time.time() - 1, "answers": str(tmp_path)}))
+    script._measure_speeds(place)
+    assert not (tmp_path / "2.json").exists()
+
+
 def test_curves_that_are_not_equal_are_said_to_be_so(tmp_path):
     made = study(tmp_path)
     curve = [2.3 - 0.005 * i for i in range(50)]
@@ -235,10 +254,14 @@ def test_the_page_about_it_is_true():
 
 
 def test_on_two_processes_all_of_it_holds_and_is_written_as_it_comes(tmp_path):
-    """Training is equal, a killed process is made good, accuracy is exact, speeds are measured: the real commands."""
+    """Training is equal, a killed process is made good, speeds are measured: the real commands.
+
+    Accuracy in many processes is held by tests/test_eval_imagenet.py; here it would take half a minute more.
+    """
     out = tmp_path / "log.json"
-    command = [sys.executable, str(ROOT / "eval" / "scaling.py"), "--device", "cpu", "--counts", "1,2"]
-    options = ["--equal-steps", "50", "--batch", "2", "--steps", "2", "--budget", "400", "--out", str(out)]
+    command = [sys.executable, str(ROOT / "eval" / "scaling.py"), "--device", "cpu", "--counts", "2"]
+    parts = ["--parts", "equal,kill,speed", "--equal-steps", "50", "--batch", "2", "--steps", "2"]
+    options = [*parts, "--budget", "400", "--out", str(out)]
     done = subprocess.run(
         [*command, *options],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -248,17 +271,14 @@ def test_on_two_processes_all_of_it_holds_and_is_written_as_it_comes(tmp_path):
     )
     log = json.loads(out.read_text())
     assert done.returncode == 0, (done.stdout, done.stderr[-2000:], log["figures"])
-    equal, kill, alone, two, *speeds, end = log["figures"]
+    equal, kill, *speeds, end = log["figures"]
     assert end == {"part": "all done"} and log["device"] == "cpu"
     assert equal["batch_per_process"] == 16 and equal["holds"] and equal["last"] < equal["first"]
     assert kill["killed_after"] >= kill["resumed_after"] >= 18 and kill["starts"] >= 2
     assert kill["last"] == pytest.approx(kill["last_unbroken"], rel=1e-3)
-    assert (alone["processes"], two["processes"]) == (1, 2)
-    assert alone["total"] == two["total"] == 25 and alone["correct"] == two["correct"]
-    kinds = [(s["pictures"], s["sync_batch_norm"], s["processes"]) for s in speeds]
-    one = [("synthetic", False, 1), ("files", False, 1)]
-    assert kinds == [*one, ("synthetic", False, 2), ("synthetic", True, 2), ("files", False, 2)]
-    assert all((s["exchange_share"] is not None) == (s["processes"] == 2) for s in speeds)
+    kinds = [(speed["pictures"], speed["sync_batch_norm"], speed["processes"]) for speed in speeds]
+    assert kinds == [("synthetic", False, 2), ("synthetic", True, 2), ("files", False, 2)]
+    assert all(speed["exchange_share"] is not None and speed["step_ms"] > 0 for speed in speeds)
     assert "say nothing of GPUs" in (tmp_path / "log.txt").read_text()
 
 
