@@ -57,7 +57,7 @@ EPOCHS = 5
 GRACE = 45
 SILENCE = {"cuda": 150, "cpu": 60}
 ATTEMPTS = {"cuda": 1, "cpu": 4}
-RESTARTS = {"cuda": 2, "cpu": 6}
+RESTARTS = {"cuda": 2, "cpu": 20}
 # A run to time that failed so often is left out, and the next one begun.
 TRIES = {"cuda": 1, "cpu": 3}
 EXAMPLE = "Example: `python eval/scaling.py --device cuda --counts 1,2,4,8 --out scaling.json`"
@@ -88,7 +88,7 @@ SIZES = {
         {"kernel_sizes": [13, 11, 9, 7], "depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32], "num_classes": 10},
         64,
         False,
-        5,
+        11,
         16,
         (80, 72),
         32,
@@ -467,8 +467,8 @@ class Study:
                 {
                     "data": "pictures",
                     "batch_size": self.size.file_batch,
-                    "epochs": 3,
-                    "lr": 5e-4,
+                    "epochs": 6,
+                    "lr": 1e-3,
                     "arguments": {**self.size.arguments, "num_classes": self.size.classes},
                     "dtype": self.chosen.dtype,
                 },

@@ -191,10 +191,10 @@ def test_losses_of_steps_come_out_of_the_means_that_are_logged(tmp_path):
 
 
 def test_no_number_of_processes_divides_the_validation_part(tmp_path):
-    assert study(tmp_path)._validation() == 25
-    assert study(tmp_path, "2,3")._validation() == 25
-    with pytest.raises(ValueError, match=r"\[5\] processes share any pictures of 5 classes evenly"):
-        study(tmp_path, "1,5")._validation()
+    assert study(tmp_path)._validation() == 55
+    assert study(tmp_path, "2,3,5")._validation() == 77
+    with pytest.raises(ValueError, match=r"\[11\] processes share any pictures of 11 classes evenly"):
+        study(tmp_path, "1,11")._validation()
 
 
 def test_its_table_has_the_efficiency_against_one_gpu(tmp_path):
