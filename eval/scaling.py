@@ -463,17 +463,22 @@ class Study:
         if self.trained is None:
             self._smpconv_zoo(
                 "evaluated",
-                self.chosen.counts[-1],
+                self.chosen.counts[0],
                 {
                     "data": "pictures",
                     "batch_size": self.size.file_batch,
-                    "epochs": 6,
-                    "lr": 1e-3,
+                    # Soon, so that some pictures are right and others are not.
+                    "epochs": 10,
+                    "lr": 2e-3,
+                    "auto_augment": None,
+                    "color_jitter": 0.0,
+                    "erasing": 0.0,
+                    "scale": [0.6, 1.0],
                     "arguments": {**self.size.arguments, "num_classes": self.size.classes},
                     "dtype": self.chosen.dtype,
                 },
                 None,
-                *("--data-dir", self._pictures(), "--workers", self._workers(self.chosen.counts[-1])),
+                *("--data-dir", self._pictures(), "--workers", self._workers(self.chosen.counts[0])),
             )
             self.trained = self.folder / "evaluated"
         answer = self.folder / f"evaluated-by-{count}.json"
