@@ -58,7 +58,7 @@ ORDER_WITHIN = {
         ("pair",),
         ("__init__",),
     ),
-    "benchmarks": (("measure",), ("cpu", "model", "operator", "sequence", "synthesis"), ("__init__",)),
+    "benchmarks": (("measure",), ("cpu", "model", "operator", "scaling", "sequence", "synthesis"), ("__init__",)),
     "pretrained": (
         ("cards", "errors"),
         ("remap", "signing", "structure"),
@@ -94,7 +94,7 @@ ORDER_WITHIN = {
     ),
     "training": (
         ("augment", "batches", "groups", "recipe", "schedules", "step", "sync_norm", "world"),
-        ("checkpointing", "arrays", "images", "saving"),
+        ("checkpointing", "arrays", "images", "saving", "synthetic"),
         ("streams",),
         ("run_folder",),
         ("engine",),

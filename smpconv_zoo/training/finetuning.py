@@ -510,6 +510,7 @@ def _save(
         if metadata.get("epoch") != str(best.epoch):
             raise ValueError(f"{weights} is of epoch {metadata.get('epoch')}, the best was {best.epoch}")
         model.load_state_dict(tensors)
+    assert isinstance(run.data, ArrayData | ImageData)  # what its data were opened as
     parts = run.data.pictures if isinstance(run.data, ImageData) else run.data.parts
     classes = tuple(parts.classes)
     place = out / NETWORK_FOLDER

@@ -28,7 +28,7 @@ PROTOCOLS = {
 }
 INPUTS = ("sequence", "permuted sequence", "image 28 x 28", "image 32 x 32")
 DTYPES = ("float32", "bfloat16", "float16")
-PICTURES = ("imagenet", "pictures")
+PICTURES = ("imagenet", "pictures", "synthetic")
 # Of an image recipe, what is said of data that are streamed.
 STREAM_FIELDS = ("train_split", "val_split", "num_samples", "input_key", "target_key", "shuffle_size")
 # Series that come with the aeon package, or are drawn from a seed.
@@ -211,7 +211,7 @@ class ImageRecipe(Recipe):
         held_out: Share of the training pictures that ``protocol: sound`` chooses by, where there is no validation part.
         train_split: Of a stream: the split to learn from, or a pattern of shards; None for what its name says.
         val_split: Of a stream: the split to choose by, or a pattern of shards; None for its validation part.
-        num_samples: Of a stream: training pictures in an epoch; None for what the stream says.
+        num_samples: Of a stream or of synthetic pictures: how many an epoch has; None for what the stream says.
         input_key: Of a stream: column of the pictures; None for the column that is of pictures.
         target_key: Of a stream: column, or field of ``KEY.json``, of the labels; None for the usual ones.
         shuffle_size: Of a stream: pictures among which each process that reads draws the next; None for timm's number.

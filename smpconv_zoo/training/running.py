@@ -19,6 +19,7 @@ from smpconv_zoo.training.images import ImageData, worker_death
 from smpconv_zoo.training.recipe import ImageRecipe, SequenceRecipe
 from smpconv_zoo.training.run_folder import RunFolder
 from smpconv_zoo.training.streams import StreamData, is_stream
+from smpconv_zoo.training.synthetic import SyntheticData
 from smpconv_zoo.training.world import World, join_world
 
 __all__ = ["Run", "open_data", "start_network", "train"]
@@ -37,7 +38,7 @@ class Run:
 
     outcome: Outcome
     model: nn.Module
-    data: ArrayData | ImageData
+    data: ArrayData | ImageData | SyntheticData
     leads: bool
 
 
@@ -57,7 +58,7 @@ def train(
     tracker: str | None = None,
     dry_run: bool = False,
     network: Callable[[SequenceRecipe | ImageRecipe], nn.Module] | None = None,
-    open_: Callable[..., ArrayData | ImageData] | None = None,
+    open_: Callable[..., ArrayData | ImageData | SyntheticData] | None = None,
     on_plan: Callable[[dict[str, Any], nn.Module], None] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[EpochLog], None] | None = None,
@@ -185,7 +186,7 @@ def open_data(
     check: bool = True,
     progress: Callable[[int, int], None] | None = None,
     note: Callable[[str], None] | None = None,
-) -> ArrayData | ImageData:
+) -> ArrayData | ImageData | SyntheticData:
     """The data of a recipe, checked against the network; of pictures, ``check`` looks at the headers of all of them.
 
     Raises:
@@ -200,6 +201,8 @@ def open_data(
             for sentence in notes:
                 note(sentence)
         return arrays
+    if recipe.data == "synthetic":
+        return SyntheticData(recipe, model, world)
     if data_dir is None:
         raise FileNotFoundError(
             "--data-dir is missing: a folder of class folders, with train/ and val/ or without, tar files, shards, "
