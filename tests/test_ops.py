@@ -448,6 +448,18 @@ def test_small_depthwise_kernels_get_their_own_gradient_in_training_alone() -> N
     assert dispatch._choose(x.bfloat16(), weight.bfloat16(), "auto", depthwise=True) == "reference"
 
 
+def test_transforms_of_torch_func_see_through_small_depthwise_kernels() -> None:
+    x, weight = draw(3, 4, 9, 8, dtype=torch.float32), draw(4, 1, 5, 5, seed=1, dtype=torch.float32)
+
+    def loss(weight: Tensor, image: Tensor) -> Tensor:
+        return depthwise_conv2d(image[None], weight).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x)
+    leaf = weight.requires_grad_()
+    for image, gradient in zip(x, each, strict=True):
+        assert_near(gradient, torch.autograd.grad(loss(leaf, image), leaf)[0])
+
+
 def test_onednn_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = draw(1, 4, 6, 6, dtype=torch.float32), draw(4, 1, 3, 3, dtype=torch.float32)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")

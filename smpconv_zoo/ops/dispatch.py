@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from smpconv_zoo.operators import transformed
 from smpconv_zoo.ops.cuda import can_run_cuda, cuda_convolve
 from smpconv_zoo.ops.fft import can_fold, fft_convolve, good_fft_size, is_channels_last
 from smpconv_zoo.ops.kept import KernelCache
@@ -248,15 +249,16 @@ def _choose_on_avx512(x: Tensor, weight: Tensor) -> str:
         is_channels_last(x) and width >= _CPU_DEPTHWISE_TAPS_CHANNELS_LAST
     ):
         own = height * width >= _CPU_OWN_GRADIENT_TAPS and x.dtype == torch.float32 and _trains(x, weight)
-        return "onednn" if own else "reference"
+        # Transforms of torch.func see through PyTorch's own convolution only.
+        return "onednn" if own and not transformed() else "reference"
     if max(height, width) < _CPU_DEPTHWISE_TAPS and not is_channels_last(x) and not _trains(x, weight):
         return "reference"
     size = x.shape[2:]
     points = math.prod([good_fft_size(s + t // 2) for s, t in zip(size, (height, width), strict=True)])
     reach = height // 2
     rows_met = sum(min(reach, row) + 1 + min(reach, size[0] - 1 - row) for row in range(size[0]))
-    transformed, direct = points * math.log2(points), rows_met * size[1] * width
-    return "fft" if transformed * _POINT_COST_ONEDNN < direct else "onednn"
+    butterflies, direct = points * math.log2(points), rows_met * size[1] * width
+    return "fft" if butterflies * _POINT_COST_ONEDNN < direct else "onednn"
 
 
 def _trains(x: Tensor, weight: Tensor) -> bool:
@@ -281,12 +283,12 @@ def _fft_pays(x: Tensor, weight: Tensor, depthwise: bool) -> bool:
     reach = [t // 2 if len(taps) == 2 else t - 1 for t in taps]
     points = math.prod([good_fft_size(s + r) for s, r in zip(size, reach, strict=True)])
     if depthwise:
-        transformed, direct = points * math.log2(points), math.prod(size) * math.prod(taps)
+        butterflies, direct = points * math.log2(points), math.prod(size) * math.prod(taps)
     else:
         out_channels, in_channels = weight.shape[:2]
-        transformed = points * (math.log2(points) * (in_channels + out_channels) + in_channels * out_channels)
+        butterflies = points * (math.log2(points) * (in_channels + out_channels) + in_channels * out_channels)
         direct = in_channels * out_channels * math.prod(size) * math.prod(taps)
-    return transformed * cost < direct
+    return butterflies * cost < direct
 
 
 def _check_conv2d(x: Tensor, weight: Tensor) -> None:
