@@ -52,6 +52,8 @@ KERNELS = ("points", "fixed", "short", "mlp")
 SHORT_TAPS = 32
 # Validations in a run of the stage `choose`; the last epoch is always one.
 VALIDATIONS = 10
+# Places of a logged curve, beside those where accuracy was measured.
+CURVE_POINTS = 30
 TIMED_STEPS = 240
 _OPTIONS = ("", "mean", "wide", "mean+wide", "mean+wide+spread", "mean+wide+augment")
 # For series of many more steps than a short kernel has taps.
@@ -321,7 +323,11 @@ def run(
         "command": command,
         "versions": versions(),
         "hardware": hardware(device),
-        "curve": [[epoch.epoch, float(f"{epoch.train_loss:.4g}"), epoch.top1] for epoch in epochs],
+        "curve": [
+            [epoch.epoch, float(f"{epoch.train_loss:.4g}"), epoch.top1]
+            for epoch in epochs
+            if epoch.top1 is not None or epoch.epoch % max(1, len(epochs) // CURVE_POINTS) == 0
+        ],
     }
     if job.stage == "final":
         x, y = test_part(recipe, done.data)
